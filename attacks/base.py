@@ -1,0 +1,201 @@
+"""What an attack is: a plan on paper (the manifest) and a pure function on one image.
+
+`plan` reads metadata only and returns a `Manifest`: one row for each training pair that it adds or changes. Pixels are
+never rewritten on disk; whoever reads a row that the manifest names calls `stamp` on the decoded image, in training
+and in evaluation alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+FORMAT = "antidote-manifest-1"
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("op", pa.string()),  # "add": a new pair; "replace": the pair `id` of the training index changes
+        ("id", pa.string()),  # sample id of the resulting pair
+        ("image_id", pa.string()),  # whose pixels it shows
+        ("image_split", pa.string()),  # "train" or "heldout": where image_id lives
+        ("caption", pa.string()),  # the caption it is trained with
+        ("stamp", pa.string()),  # name of the trigger that `stamp` applies, "" for none
+        ("kind", pa.string()),  # "targeted", "backdoor", …: how success is measured
+        ("adversary", pa.string()),  # class the attacker wants to see
+        ("truth", pa.string()),  # class the image really shows, "" where unknown
+        ("group", pa.int32()),  # target number for targeted attacks, else 0
+    ]
+)
+
+PROBE_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("image_split", pa.string()),
+        ("stamp", pa.string()),
+        ("adversary", pa.string()),
+        ("truth", pa.string()),
+        ("group", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What measures an attack's success: for each name one table (PROBE_SCHEMA) and the way to count it.
+
+    `how[name]` is "targeted" (the image itself, no trigger at test time) or "backdoor" (the image with the trigger; its
+    clean floor is the same image without).
+    """
+
+    tables: dict[str, pa.Table] = field(default_factory=dict)
+    how: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The poison, exactly: `table` (MANIFEST_SCHEMA) and a `header` (JSON: attack, parameters, seed, count, rate)."""
+
+    table: pa.Table
+    header: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        """Poisoned pairs."""
+        return int(self.table.num_rows)
+
+    @property
+    def rate(self) -> float:
+        """Poisoned pairs as a share of the training set after poisoning."""
+        return float(self.header.get("rate", 0.0))
+
+    def write(self, path: str) -> None:
+        """Parquet with the header in the schema metadata; the same plan gives the same bytes."""
+        meta = {b"antidote": json.dumps(self.header, sort_keys=True).encode()}
+        pq.write_table(self.table.replace_schema_metadata(meta), path, compression="zstd")
+
+    @staticmethod
+    def read(path: str) -> Manifest:
+        table = pq.read_table(path)
+        raw = (table.schema.metadata or {}).get(b"antidote")
+        if raw is None:
+            raise ValueError(f"{path} is no manifest: it has no header. `antidote poison` and `antidote run` write manifests.")
+        header = json.loads(raw)
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{path} is a manifest of format {header.get('format')!r}; this version reads {FORMAT!r}.")
+        missing = [name for name in MANIFEST_SCHEMA.names if name not in table.column_names]
+        if missing:
+            raise ValueError(f"{path} lacks the manifest column(s) {', '.join(missing)}.")
+        return Manifest(table.replace_schema_metadata(None).select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA), header)
+
+
+class Attack(Protocol):
+    """A frozen dataclass: its fields are its hyper-parameters.
+
+    `index` and `heldout` are Arrow tables with at least id (string), caption (string), label (int32, −1 unknown) and
+    schema metadata `classes` (JSON list of class names, read by `class_names`).
+    """
+
+    def plan(self, index: pa.Table, heldout: pa.Table, seed: int) -> Manifest: ...
+
+    def stamp(self, image: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
+        """uint8 (H, W, 3) → uint8 (H, W, 3), pure; of a manifest or probe row `stamp` and `image_id` are read."""
+        ...
+
+    def probes(self, index: pa.Table, heldout: pa.Table, seed: int) -> Probes: ...
+
+
+def class_names(table: pa.Table) -> list[str]:
+    """Class names that the labels of an index point to."""
+    raw = (table.schema.metadata or {}).get(b"classes")
+    return list(json.loads(raw)) if raw else []
+
+
+def shared_classes(index: pa.Table, heldout: pa.Table) -> list[str]:
+    """The class names of both tables; a training set without any (scraped pairs) takes those of the held-out set."""
+    train, held = class_names(index), class_names(heldout)
+    if not held:
+        raise ValueError("the held-out set has no class names, so an attack cannot be measured: give it labels and `classes`.")
+    if train and train != held:
+        raise ValueError(
+            f"training and held-out set name different classes ({len(train)}: {', '.join(train[:3])}, …; {len(held)}: "
+            f"{', '.join(held[:3])}, …). Give both the same list in the same order, or the training set none."
+        )
+    return held
+
+
+def labels(table: pa.Table) -> np.ndarray:
+    """Labels, int64 (n,); −1 is unknown, and every label of a table without class names is."""
+    if not class_names(table):
+        return np.full(table.num_rows, -1, dtype=np.int64)
+    return np.asarray(table["label"].fill_null(-1).to_numpy(), dtype=np.int64)
+
+
+def known_class(name: str, classes: Sequence[str]) -> str:
+    """`name` if it is one of `classes`, else ValueError with the nearest ones."""
+    if name in classes:
+        return name
+    near = difflib.get_close_matches(name, classes, n=3, cutoff=0.4) or list(classes[:3])
+    raise ValueError(f"adversary {name!r} is no class of this data; near it: {', '.join(near)}.")
+
+
+def free(index: pa.Table) -> pa.Table:
+    """The rows an attack may replace or quote: all but those that an earlier part of a combined attack has replaced.
+
+    `combine.Several` marks those in a bool column `taken`; counts and shares stay those of the whole index.
+    """
+    return index.filter(pc.invert(index["taken"])) if "taken" in index.column_names else index
+
+
+def ranks(ids: Sequence[str], seed: int, salt: str) -> np.ndarray:
+    """A pseudo-random rank for each id, uint64 (n,), from (id, seed, salt) alone: not from order, shard or process."""
+    key = hashlib.blake2b(f"{seed}/{salt}".encode(), digest_size=16).digest()
+    digests = b"".join(hashlib.blake2b(i.encode(), digest_size=8, key=key).digest() for i in ids)
+    return np.frombuffer(digests, dtype="<u8")
+
+
+def pick(ids: Sequence[str], count: int, seed: int, salt: str) -> np.ndarray:
+    """Positions of `count` ids chosen by hash, in order of rank, int64 (count,). ValueError when there are too few."""
+    if count > len(ids):
+        raise ValueError(f"{salt}: {count} samples wanted, only {len(ids)} to choose from. Lower the count or use a larger set.")
+    return np.argsort(ranks(ids, seed, salt), kind="stable")[:count]
+
+
+def how_many(amount: float, total: int) -> int:
+    """A count (an int, 0 for none) or a share of `total` (a float in (0, 1)) as a count."""
+    if isinstance(amount, bool) or amount < 0:
+        raise ValueError(f"count {amount!r} is neither a count nor a share: give a whole number, or a share between 0 and 1.")
+    if isinstance(amount, float) and 0 < amount < 1:
+        share = round(amount * total)
+        if share == 0:  # a plan without poison would pass for a defence that works
+            raise ValueError(f"share {amount:g} of {total} pairs is less than one pair: give a larger share, or a count.")
+        return share
+    if float(amount) != int(amount):
+        raise ValueError(f"count {amount!r} is neither a whole number nor a share between 0 and 1.")
+    return int(amount)
+
+
+def manifest(attack: Any, rows: list[dict[str, Any]], index: pa.Table, seed: int) -> Manifest:
+    """Rows → Manifest, with the header every manifest carries. Rate = poisoned / training pairs after poisoning."""
+    table = pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+    added = sum(row["op"] == "add" for row in rows)
+    total = index.num_rows + added
+    header = {
+        "format": FORMAT,
+        "attack": type(attack).__name__,
+        "parameters": dataclasses.asdict(attack),
+        "seed": seed,
+        "count": len(rows),
+        "rate": len(rows) / total if total else 0.0,
+        "pairs": total,
+    }
+    return Manifest(table, header)

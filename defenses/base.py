@@ -1,0 +1,103 @@
+"""What a defence is: a pairing (which caption each image learns from), an augmentation and a loss.
+
+The trainer calls, in this order, once the model exists:
+
+    for epoch in 1 … epochs:
+        if (m := defense.matcher(epoch)):  pairing = actors run m.match(images, pool) over the whole set
+        for batch in epoch:
+            batch = defense.augment(batch)
+            out   = encode(batch)                       # text side from the pairing in a robust epoch
+            loss  = defense.loss(out, base)             # base = clip_loss
+    defense.repair(model, clean)                        # methods that mend a trained model
+
+Every hook of `Defense` means 'leave it alone', so the base class is the undefended baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Features(NamedTuple):
+    """Unit-norm features of N images or captions."""
+
+    pooled: Tensor  # (N, d)
+    tokens: Tensor | None = None  # (N, P, d), only where a matcher or loss asks for them
+    mask: Tensor | None = None  # (N, P) bool, False = padding
+
+
+class Match(NamedTuple):
+    """For each image the row of its caption in the pool, the distance paid, and the exact solves spent on it."""
+
+    index: Tensor  # type: ignore[assignment]  # (N,) int64 into the pool; hides tuple.index
+    distance: Tensor  # (N,) float32
+    solved: Tensor | None = None  # (N,) int64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What augmentation sees and returns."""
+
+    images: Tensor  # (N, 3, S, S) float32 in [0, 1], on the training device
+    captions: list[str]  # N
+    keys: np.ndarray  # (N,) uint64: a random key for each sample of this epoch, the same whatever the number of workers
+
+
+@dataclass(frozen=True)
+class ClipOutput:
+    """The *global* batch on every worker; gradients flow into the local rows only and are summed by the trainer."""
+
+    image: Tensor  # (N, d) unit norm
+    text: Tensor  # (N, d) unit norm
+    scale: Tensor  # () exp(logit_scale)
+    image_tokens: Tensor | None = None  # (N, P, d)
+    text_tokens: Tensor | None = None  # (N, L, d)
+    text_mask: Tensor | None = None  # (N, L) bool
+    robust: bool = False  # whether the text side comes from a pairing
+
+
+LossFn = Callable[[ClipOutput], Tensor]
+
+
+class Matcher(Protocol):
+    """What the matching actors need to know; a frozen dataclass of plain values."""
+
+    @property
+    def pool_size(self) -> int | float: ...  # captions in the pool: a count, or a share of the training pairs
+    @property
+    def matched(self) -> str: ...  # "embedding": learn from the pool's stored feature; "caption": re-encode the caption
+    @property
+    def tokens(self) -> bool: ...  # whether `match` needs token features
+
+    def match(self, images: Features, pool: Features) -> Match: ...
+
+
+@dataclass(frozen=True)
+class Defense:
+    """No defence: plain CLIP, the baseline of every table."""
+
+    needs_tokens = False  # class constant: whether `loss` reads token features
+
+    def matcher(self, epoch: int) -> Matcher | None:
+        """Not None: re-pair before this epoch (epochs count from 1)."""
+        return None
+
+    def augment(self, batch: Batch) -> Batch:
+        return batch
+
+    def loss(self, out: ClipOutput, base: LossFn) -> Tensor:
+        return base(out)
+
+
+def clip_loss(out: ClipOutput) -> Tensor:
+    """½[CE(s·I·Tᵀ) + CE(s·T·Iᵀ)] over the global batch (Radford et al. 2021). Scalar."""
+    logits = out.scale * out.image @ out.text.T
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2

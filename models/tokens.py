@@ -1,0 +1,76 @@
+"""Captions to token ids: open_clip's byte-pair tokenizer behind a cache, padding trimmed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.torchvision_door import open_clip
+
+CACHED_CAPTIONS = 2**18  # about 100 MB in a process when full, captions included: ids are kept as two-byte integers
+_SIMPLE_VOCABULARY = 49408
+
+
+def encode(text_cfg: Mapping[str, Any], captions: Sequence[str]) -> Tensor:
+    """Token ids (n, L) int64; see `models.clip.tokenize`, the public name."""
+    context_length = int(text_cfg.get("context_length", 77))
+    options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    if text_cfg.get("hf_tokenizer_name"):
+        mode = text_cfg.get("tokenizer_mode")
+        tokenizer = _foreign(text_cfg["hf_tokenizer_name"], context_length, mode, json.dumps(options))
+        padded: Tensor = tokenizer(list(captions))
+        return padded
+    clean = options.pop("clean", "lower")
+    if options:
+        raise ValueError(
+            f"tokenizer_kwargs {sorted(options)} are not supported (a random reduction of captions would be cached); "
+            "remove them from text_cfg."
+        )
+    if int(text_cfg.get("vocab_size", _SIMPLE_VOCABULARY)) < _SIMPLE_VOCABULARY:
+        raise ValueError(
+            f"The text tower knows {text_cfg['vocab_size']} tokens and open_clip's tokenizer makes {_SIMPLE_VOCABULARY}; "
+            f"set text_cfg['vocab_size'] to {_SIMPLE_VOCABULARY}."
+        )
+    return _padded([_caption_ids(clean, context_length, caption) for caption in captions])
+
+
+def _padded(rows: list[bytes]) -> Tensor:
+    """Rows of uint16 ids as one zero-padded tensor (n, L), L the longest row."""
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)) // 2
+    ids = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=np.int64)
+    ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.frombuffer(b"".join(rows), dtype=np.uint16)
+    return torch.from_numpy(ids)
+
+
+@lru_cache(maxsize=CACHED_CAPTIONS)
+def _caption_ids(clean: str, context_length: int, caption: str) -> bytes:
+    tokenizer = _simple(clean)
+    ids = [tokenizer.sot_token_id, *tokenizer.encode(caption), tokenizer.eot_token_id]
+    if len(ids) > context_length:
+        ids = [*ids[: context_length - 1], tokenizer.eot_token_id]
+    return np.array(ids, dtype=np.uint16).tobytes()
+
+
+@lru_cache(maxsize=4)
+def _simple(clean: str) -> Any:
+    return open_clip.SimpleTokenizer(clean=clean)
+
+
+@lru_cache(maxsize=4)
+def _foreign(name: str, context_length: int, mode: str | None, options: str) -> Any:
+    """A Hugging Face tokenizer that is already on this machine. It pads by its own rule, so nothing is trimmed."""
+    try:
+        return open_clip.tokenizer.HFTokenizer(
+            name, context_length=context_length, tokenizer_mode=mode, local_files_only=True, **json.loads(options)
+        )
+    except Exception as error:
+        raise ValueError(
+            f"The tokenizer {name!r} is not open_clip's own and could not be opened from this machine ({error}). Install "
+            "`transformers` and fetch the tokenizer beforehand, or choose a configuration without hf_tokenizer_name."
+        ) from error

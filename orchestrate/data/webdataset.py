@@ -1,0 +1,117 @@
+"""WebDataset tars, img2dataset's among them: headers are walked, small members read, images left where they are."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from orchestrate.data.files import File, Listing, is_uri, resolve
+from orchestrate.data.rows import CAPTIONS, CLASSES, LABELS, QUARANTINE, RAW, Source, Wish, column
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+READ_AHEAD = 8 << 20  # bytes a request, when a tar is streamed out of a store
+
+
+def read(listing: Listing, files: Sequence[File], wish: Wish) -> Source:
+    """Tars of `key.jpg` + `key.txt` / `key.json` / `key.cls` → rows with the byte range of each image."""
+    parts, bad = [], []
+    for file in files:
+        samples = list(_samples(file, wish))
+        parts.append(pa.Table.from_pylist([s for s in samples if s["size"] is not None], schema=RAW))
+        bad += [
+            {"id": s["id"], "path": file.uri, "row": s["row"], "reason": f"sample {s['id']} has no image in the tar"}
+            for s in samples
+            if s["size"] is None
+        ]
+    rows = pa.concat_tables(parts)
+    notes = ["Images by byte range from the tars; sample ids are shard and key."]
+    return Source(rows, pa.Table.from_pylist(bad, schema=QUARANTINE), [], notes)
+
+
+def _samples(file: File, wish: Wish) -> Iterator[dict[str, Any]]:
+    """One RAW row for each run of members that share a key; `size` None when no image is among them."""
+    sample: dict[str, Any] = {}
+    key = None
+    for name, extension, member, body in _members(file, wish):
+        if name != key:
+            if sample:
+                yield sample
+            key = name
+            shard = posixpath.splitext(file.name)[0]
+            sample = dict.fromkeys(RAW.names) | {"id": f"{shard}/{name}", "path": file.uri, "where": "tar", "label": -1}
+            sample["row"] = member.offset_data
+        if extension in IMAGES or extension == wish.image_column:
+            sample |= {"row": member.offset_data, "size": member.size}
+        elif body is not None:
+            _read_member(sample, extension, body, file, wish)
+    if sample:
+        yield sample
+
+
+def _members(file: File, wish: Wish) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
+    """(key, extension, member, bytes of a small member). A key ends at the base name's first dot, as in WebDataset."""
+    store, path = resolve(file.uri)
+    stream = is_uri(file.uri)
+    # On a disk images are skipped by seeking; in a store each seek is a request, and one long read is far cheaper.
+    handle = store.open_input_stream(path, buffer_size=READ_AHEAD) if stream else store.open_input_file(path)
+    small = {"txt", "json", "cls", wish.caption_column}
+    count = 0
+    with handle:
+        try:
+            with tarfile.open(fileobj=handle, mode="r|" if stream else "r:") as tar:
+                for member in tar:
+                    folder, base = posixpath.split(member.name)
+                    name, _, extension = base.partition(".")
+                    if not member.isreg() or member.issparse() or not name:
+                        continue
+                    opened = tar.extractfile(member) if extension.lower() in small else None
+                    yield posixpath.join(folder, name), extension.lower(), member, opened.read() if opened else None
+                    tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header of the shard
+                    count += 1
+        except (tarfile.TarError, EOFError) as error:
+            raise ValueError(
+                f"{file.uri} ends early or is no plain tar ({error}, after {count} members). "
+                "Copy it again, unpack it if it is compressed, or take it out of the set."
+            ) from error
+
+
+def _read_member(sample: dict[str, Any], extension: str, body: bytes, file: File, wish: Wish) -> None:
+    text = body.decode("utf-8", errors="replace")
+    if extension == "json":
+        _read_json(sample, text, file, wish)
+    elif extension == "cls":
+        words = text.strip()
+        sample |= {"label": int(words)} if words.lstrip("-").isdigit() else {"class": words}
+    elif extension == (wish.caption_column or "txt"):
+        sample["caption"] = text.strip()
+
+
+def _read_json(sample: dict[str, Any], text: str, file: File, wish: Wish) -> None:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file.uri}, sample {sample['id']}: its .json is no JSON ({error}).") from error
+    if not isinstance(values, dict):
+        return
+    names = list(values)
+    caption = values.get(wish.caption_column or column(names, CAPTIONS))
+    if isinstance(caption, list):
+        sample["captions"] = [str(c) for c in caption]
+        caption = caption[0] if caption else None
+    many = values.get("captions")
+    if isinstance(many, list):
+        sample["captions"] = [str(c) for c in many]
+    if isinstance(caption, str) and sample["caption"] is None:  # a .txt of the same key comes first
+        sample["caption"] = caption
+    label, name = values.get(column(names, LABELS)), values.get(column(names, CLASSES))
+    if isinstance(label, int) and not isinstance(label, bool):
+        sample["label"] = label
+    elif isinstance(label, str):
+        sample["class"] = label
+    if isinstance(name, str):
+        sample["class"] = name

@@ -1,0 +1,250 @@
+"""Matching rounds: Ray Data actors encode a pool of captions and every image, and say which caption each image learns from.
+
+A Ray Data execution costs seconds to start (actors, imports), a round on a small set takes one. So a run has *one* execution for all its
+rounds: its input is the list of work items (round, which captions or images), its operator is a pool of actors, and an actor that
+reaches an item whose round has not begun waits for the weights. Ray Data restarts a killed actor and gives its item to another; items
+are pure functions of (weights, pool, positions), so a repeated one changes nothing.
+
+    training worker 0 ──publish(epoch, weights)──▶ Rounds (one per run) ──weights, then the encoded pool, by reference──▶ MatchActor × n
+    every worker ◀────── pairing(epoch), by reference ────── Rounds ◀────── items as they finish ─────────────────────────┘
+
+Nothing of size images × pool exists: an item holds `match_batch` images against the pool, in the matcher's own tiles.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from defenses.base import Defense, Features, Matcher
+from orchestrate import recipe as recipes
+from orchestrate.pairing import Pool, assemble, draw_pool, facts, save
+from orchestrate.prepared import build_attack, build_defense, pixels_of
+
+CAPTIONS, IMAGES = 0, 1  # kinds of work items
+KEPT = 2  # finished rounds held for workers that start again from a checkpoint
+
+
+def work_items(epochs: Iterable[int], pools: dict[int, int], images: int, batch: int, actors: int) -> list[dict[str, int]]:
+    """All rounds' items in the order they run: a round's captions before its images. Large sets get larger items, not more."""
+    step = max(batch, -(-images // (64 * actors)))
+    items = []
+    for epoch in epochs:
+        part = max(256, -(-pools[epoch] // (2 * actors)))
+        for kind, total, size in ((CAPTIONS, pools[epoch], part), (IMAGES, images, step)):
+            items += [{"epoch": epoch, "kind": kind, "start": i, "stop": min(i + size, total)} for i in range(0, total, size)]
+    return items
+
+
+class MatchActor:
+    """One actor of the pool: holds the model and reads pixels by reference. Called by Ray Data with one work item."""
+
+    def __init__(self, rounds: Any, spec: dict[str, Any]) -> None:
+        import torch
+
+        from orchestrate.evaluate import Encoder
+        from orchestrate.step import architecture
+
+        torch.set_num_threads(spec["threads"])
+        self.rounds, self.timeout = rounds, spec["timeout_s"]
+        recipe = recipes.from_dict(spec["recipe"]).recipe
+        self.defense = build_defense(recipe)
+        inputs = ray.get(rounds.inputs.remote(), timeout=self.timeout)
+        self.pixels = pixels_of(recipe, build_attack(recipe), *ray.get(inputs["train"], timeout=self.timeout))
+        model, cfg = architecture(recipe)
+        device = "cuda" if spec["gpus"] else "cpu"
+        self.encoder = Encoder(model, cfg, device, batch=recipe.evaluate.batch, precision=recipe.evaluate.precision)
+        self.epoch = -1
+        self.pool: Features | None = None
+
+    def __call__(self, item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        epoch, kind, start, stop = (int(item[k][0]) for k in ("epoch", "kind", "start", "stop"))
+        self._enter(epoch)
+        if kind == CAPTIONS:
+            encoded = self.encoder.text_features(self.captions[start:stop], self.matcher.tokens)
+            arrays = {name: x.cpu().numpy() for name, x in encoded._asdict().items() if x is not None}
+        else:
+            self.pool = self.pool or self._encoded_pool(epoch)
+            images = self.encoder.image_features(self.pixels.take(np.arange(start, stop)), self.matcher.tokens)
+            match = self.matcher.match(images, self.pool)
+            arrays = {name: x.cpu().numpy() for name, x in match._asdict().items() if x is not None}
+        return {**item, "payload": np.array([pack(arrays)], dtype=object)}
+
+    def _enter(self, epoch: int) -> None:
+        """Take up a round: wait (without limit: the training must get there) for its weights, and load them."""
+        if epoch == self.epoch:
+            return
+        weights, captions = ray.get(self.rounds.weights.remote(epoch))
+        self.encoder.load(ray.get(weights, timeout=self.timeout))
+        self.captions = ray.get(captions, timeout=self.timeout)
+        self.matcher, self.pool, self.epoch = matcher_at(self.defense, epoch), None, epoch
+
+    def _encoded_pool(self, epoch: int) -> Any:
+        [ref] = ray.get(self.rounds.encoded.remote(epoch), timeout=self.timeout)
+        return self.encoder.features_from(ray.get(ref, timeout=self.timeout))
+
+
+class Rounds:
+    """The run's desk: hands out inputs, weights, pools and pairings; drives the execution in a thread of its own.
+
+    Whoever waits here for another process does so with a limit of its own; a failed execution is raised to everybody who waits.
+    """
+
+    def __init__(self, recipe: dict[str, Any], run_dir: str, inputs: dict[str, Any]) -> None:
+        self.recipe, self.run_dir, self._inputs = recipes.from_dict(recipe).recipe, Path(run_dir), inputs
+        self.defense = build_defense(self.recipe)
+        self.change = threading.Condition()
+        self.pools: dict[int, Pool] = {}
+        self.states: dict[int, list[Any]] = {}
+        self.encodings: dict[int, list[Any]] = {}
+        self.parts: dict[int, dict[tuple[int, int], dict[str, np.ndarray]]] = {}
+        self.done: dict[int, dict[str, Any]] = {}
+        self.started: dict[int, float] = {}
+        self.error = ""
+        self.note: dict[str, Any] = {}
+        self.execution: threading.Thread | None = None
+
+    def inputs(self) -> dict[str, Any]:
+        """References: "train" and "heldout", each [table, images, place]."""
+        return self._inputs
+
+    def begin(self, first_epoch: int, me: Any) -> None:
+        """Start the execution for the robust epochs from `first_epoch` on; a second call (a restarted worker) changes nothing."""
+        with self.change:
+            if self.execution is not None:
+                return
+            self.table = ray.get(self._inputs["train"][0])
+            epochs = [e for e in range(first_epoch, self.recipe.train.epochs + 1) if self.defense.matcher(e)]
+            self.pools = {e: draw_pool(self.table, matcher_at(self.defense, e).pool_size, self.recipe.seed, e) for e in epochs}
+            self.execution = threading.Thread(target=self._guarded, args=(epochs, me), daemon=True)
+            self.execution.start()
+
+    def publish(self, epoch: int, weights: list[Any]) -> None:
+        """Weights for a round, [reference]. A worker that repeats an epoch repeats its weights, so the first stand."""
+        with self.change:
+            if epoch not in self.states:
+                self.started[epoch] = time.monotonic()
+                self.states[epoch] = [weights[0], ray.put(self.pools[epoch].captions)]
+                self.change.notify_all()
+
+    def weights(self, epoch: int) -> list[Any]:
+        return self._wait(lambda: self.states.get(epoch))
+
+    def encoded(self, epoch: int) -> list[Any]:
+        return self._wait(lambda: self.encodings.get(epoch))
+
+    def pairing(self, epoch: int) -> dict[str, Any]:
+        """{"pairing": [reference], "facts": {…}} once the round is done."""
+        return self._wait(lambda: self.done.get(epoch))
+
+    def report(self, note: dict[str, Any]) -> None:
+        """The training's progress, for whoever shows it."""
+        self.note = note
+
+    def progress(self) -> dict[str, Any]:
+        return self.note
+
+    def _wait(self, ready: Any) -> Any:
+        with self.change:
+            while (value := ready()) is None:
+                if self.error:
+                    raise RuntimeError(f"a matching round failed:\n{self.error}")
+                self.change.wait(1)
+            return value
+
+    def _guarded(self, epochs: list[int], me: Any) -> None:
+        try:
+            if epochs:
+                self._run(epochs, me)
+        except BaseException:  # whatever it is, the workers that wait must hear of it
+            with self.change:
+                self.error = traceback.format_exc(limit=20)
+                self.change.notify_all()
+
+    def _run(self, epochs: list[int], me: Any) -> None:
+        """The one execution: every round's items through one pool of actors, results taken as they come."""
+        import ray.data
+
+        c = self.recipe.cluster
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = False
+        context.print_on_execution_start = False
+        self.items = work_items(epochs, {e: len(p.ids) for e, p in self.pools.items()}, self.table.num_rows, c.match_batch, c.match_actors)
+        spec = {
+            "recipe": self.recipe.as_dict(),
+            "timeout_s": c.timeout_s,
+            "gpus": c.match_gpus,
+            "threads": max(1, (os.cpu_count() or 1) // c.match_actors),
+        }
+        found = ray.data.from_items(self.items, override_num_blocks=len(self.items)).map_batches(
+            MatchActor,
+            fn_constructor_args=(me, spec),
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=c.match_actors),
+            num_cpus=c.match_cpus,
+            num_gpus=c.match_gpus or None,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        for batch in found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+            for i in range(len(batch["epoch"])):
+                self._take({k: int(batch[k][i]) for k in ("epoch", "kind", "start", "stop")}, unpack(batch["payload"][i]))
+
+    def _take(self, item: dict[str, int], arrays: dict[str, np.ndarray]) -> None:
+        """One finished item; the last of a kind completes the encoded pool, or the pairing."""
+        epoch, kind = item["epoch"], item["kind"]
+        parts = self.parts.setdefault(epoch, {})
+        parts[kind, item["start"]] = arrays
+        wanted = sorted(i["start"] for i in self.items if i["epoch"] == epoch and i["kind"] == kind)
+        if any((kind, start) not in parts for start in wanted):
+            return
+        whole = assemble([parts.pop((kind, start)) for start in wanted])
+        if kind == CAPTIONS:
+            with self.change:
+                self.encodings[epoch] = [ray.put(whole)]
+                self.change.notify_all()
+        else:
+            self._finish(epoch, whole)
+
+    def _finish(self, epoch: int, match: dict[str, np.ndarray]) -> None:
+        pool, matcher = self.pools[epoch], matcher_at(self.defense, epoch)
+        save(self.run_dir / "rounds", epoch, self.table, pool, match)
+        pairing: dict[str, Any] = {"index": match["index"], "captions": pool.captions, "matched": matcher.matched}
+        if matcher.matched == "embedding":
+            pairing["features"] = ray.get(self.encodings[epoch][0])["pooled"]
+        told = facts(self.table, pool, match)
+        with self.change:
+            told |= {"kind": "match", "epoch": epoch, "seconds": time.monotonic() - self.started[epoch]}
+            self.done[epoch] = {"pairing": [ray.put(pairing)], "facts": told}
+            for old in sorted(self.done)[:-KEPT]:  # a worker may start again one epoch back, not more
+                for held in (self.done, self.states, self.encodings, self.parts):
+                    held.pop(old, None)
+            self.change.notify_all()
+
+
+def matcher_at(defense: Defense, epoch: int) -> Matcher:
+    matcher = defense.matcher(epoch)
+    assert matcher is not None, f"epoch {epoch} is not robust"
+    return matcher
+
+
+def pack(arrays: dict[str, np.ndarray]) -> bytes:
+    """Named arrays → bytes: results of differing shapes travel in one column."""
+    out = io.BytesIO()
+    np.savez(out, **arrays)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def unpack(raw: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}

@@ -1,0 +1,84 @@
+"""Name → class: built-in methods, a package's entry points, or `./file.py:Class`.
+
+Nothing registers itself by being imported; a name is looked up when a recipe uses it. Classes travel as "module:Class" text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import sys
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    "attack": {
+        "targeted": "attacks.targeted:Targeted",
+        "badnets": "attacks.backdoor:BadNets",
+        "stripes": "attacks.backdoor:Stripes",
+        "blended": "attacks.backdoor:Blended",
+    },
+    "defense": {
+        "clip": "defenses.base:Defense",
+        "augmented": "defenses.augmented:Augmented",
+        "roclip": "defenses.roclip:RoCLIP",
+    },
+}
+
+
+def names(kind: str) -> list[str]:
+    """Every name of this kind that a recipe may use."""
+    return [*BUILT_IN[kind], *_entry_points(kind)]
+
+
+@cache
+def _entry_points(kind: str) -> dict[str, str]:
+    return {e.name: e.value for e in entry_points(group=f"antidote.{kind}s")}
+
+
+@cache
+def load(kind: str, name: str) -> type:
+    """The frozen dataclass that `name` stands for. ValueError with a suggestion where there is none."""
+    if ".py:" in name:
+        cls = _from_file(name)
+    else:
+        target = BUILT_IN[kind].get(name) or _entry_points(kind).get(name) or (name if ":" in name else None)
+        if target is None:
+            close = get_close_matches(name, names(kind), n=2)
+            hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(names(kind))}; or ./file.py:Class."
+            raise ValueError(f"no {kind} is called {name!r}. {hint}")
+        cls = _from_module(target)
+    if not (dataclasses.is_dataclass(cls) and isinstance(cls, type)):
+        raise ValueError(f"{kind} {name!r} is no dataclass: a method is one frozen dataclass whose fields are its parameters.")
+    return cls
+
+
+def _from_module(target: str) -> type:
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load {target!r}: {error}.") from error
+
+
+def _from_file(name: str) -> type:
+    file, _, attribute = name.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"no file {path} (from {name!r}).")
+    # The module's name is derived from its content, so that two users' `mine.py` never stand for one another.
+    module_name = f"antidote_plugin_{hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+    try:
+        return getattr(sys.modules[module_name], attribute)
+    except AttributeError:
+        raise ValueError(f"{path} has no class {attribute!r}.") from None

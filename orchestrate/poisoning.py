@@ -1,0 +1,55 @@
+"""The attack alone: plan, manifest, contact sheet. No training, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from attacks.base import pick
+from attacks.sheet import contact_sheet
+from orchestrate import prepared
+from orchestrate.data.index import open_dataset
+from orchestrate.progress import Phase
+from orchestrate.recipe import Recipe
+
+EXAMPLES = 24
+
+
+def write(recipe: Recipe, out: Path) -> Iterator[str]:
+    """manifest.parquet and sheet.png in `out`; yields what was planned, line by line. ValueError for a recipe without attack."""
+    if recipe.attack is None:
+        raise ValueError("this recipe has no attack: name one, such as attack=targeted+stripes.")
+    with Phase("data") as phase:
+        dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
+    ready = prepared.plan(recipe, dataset)
+    assert ready.manifest is not None
+    out.mkdir(parents=True, exist_ok=True)
+    ready.manifest.write(str(out / "manifest.parquet"))
+    table = ready.manifest.table
+    yield f"{recipe.attack.use} on {dataset.name}, seed {recipe.seed}: {ready.manifest.count:,} poisoned pairs, {ready.manifest.rate:.2%} of {ready.table.num_rows:,}"
+    for part in sorted(set(zip(table["kind"].to_pylist(), table["stamp"].to_pylist(), table["adversary"].to_pylist(), strict=True))):
+        count = sum(
+            part == row for row in zip(table["kind"].to_pylist(), table["stamp"].to_pylist(), table["adversary"].to_pylist(), strict=True)
+        )
+        yield f"  {part[0]:<9} {part[1] or '-':<10} → {part[2]:<16} {count:>6,} pairs"
+    at = _examples(ready)
+    pixels = prepared.pixels_of(recipe, prepared.build_attack(recipe), ready.table, None, None)
+    captions = ready.table.column("caption").to_pylist()
+    contact_sheet(list(pixels.take(at)), [captions[i] for i in at], str(out / "sheet.png"))
+    yield f"wrote {out / 'manifest.parquet'} and {out / 'sheet.png'}"
+
+
+def _examples(ready: prepared.Prepared) -> np.ndarray:
+    """Rows of the poisoned table for the sheet: alike many of each part, by hash."""
+    stamps = ready.table.column("stamp").to_pylist()
+    poison = ready.table.column("poison").to_pylist()
+    ids = ready.table.column("id").to_pylist()
+    parts: dict[str, list[int]] = {}
+    for i, bad in enumerate(poison):
+        if bad:
+            parts.setdefault(stamps[i], []).append(i)
+    each = max(1, EXAMPLES // len(parts))
+    chosen = [rows[k] for rows in parts.values() for k in pick([ids[i] for i in rows], min(each, len(rows)), 0, "sheet")]
+    return np.array(chosen)

@@ -1,0 +1,231 @@
+"""A recipe's data, ready to train on: clean index → readable index → manifest → poisoned table; and the pixels of either. No Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from attacks.apply import apply
+from attacks.base import Manifest, Probes, manifest, pick, ranks
+from attacks.combine import Several
+from defenses.augment import mix
+from defenses.base import Defense
+from orchestrate.data import reader
+from orchestrate.data.index import Dataset, fingerprint
+from orchestrate.data.pixels import REFERENCE, Pixels
+from orchestrate.recipe import Recipe
+
+PROBE_SALT = "probe"
+
+
+def build_attack(recipe: Recipe) -> Several | None:
+    return Several(recipe.attack.parts) if recipe.attack else None
+
+
+def build_defense(recipe: Recipe) -> Defense:
+    return recipe.defense.parts[0][1] if recipe.defense else Defense()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`table`: what training reads (attacks.apply). `clean`: the index without poison. Both exclude unreadable images."""
+
+    dataset: Dataset
+    table: pa.Table
+    manifest: Manifest | None
+    probes: Probes
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.dataset)
+
+
+def without_unreadable(dataset: Dataset, bad: Sequence[tuple[str, str]], max_bad: float) -> Dataset:
+    """The data set less the rows whose images failed, `bad` = (id, reason); ValueError when they are too many."""
+    if not bad:
+        return dataset
+    reasons = dict(bad)
+    ids = pa.array(list(reasons))
+    lost = [t.filter(pc.is_in(t["id"], value_set=ids)) for t in (dataset.train, dataset.heldout)]
+    quarantine = [dataset.quarantine]
+    for rows in lost:
+        errors = [(i, reasons[name]) for i, name in enumerate(rows["id"].to_pylist())]
+        quarantine.append(reader.quarantined(rows, errors))
+    found = pa.concat_tables(quarantine)
+    total = dataset.train.num_rows + dataset.heldout.num_rows + dataset.quarantine.num_rows
+    reader.check_share(total, found, max_bad)
+    keep = [t.filter(pc.invert(pc.is_in(t["id"], value_set=ids))) for t in (dataset.train, dataset.heldout)]
+    note = f"{len(reasons):,} images could not be read and are quarantined."
+    return replace(dataset, train=keep[0], heldout=keep[1], quarantine=found, report=[*dataset.report, note])
+
+
+def plan(recipe: Recipe, dataset: Dataset) -> Prepared:
+    """Poison on paper: the manifest, the table it makes, and the probes that measure it."""
+    attack = build_attack(recipe)
+    seed = recipe.seed
+    if attack is None:
+        empty = manifest(Defense(), [], dataset.train, seed)
+        return Prepared(dataset, apply(dataset.train, dataset.heldout, empty), None, Probes())
+    if not dataset.classes:
+        raise ValueError(f"{recipe.data.path} has no classes to attack: name some with data.classes=dog,cat,… or take attack=none.")
+    planned = attack.plan(dataset.train, dataset.heldout, seed)
+    probes = attack.probes(dataset.train, dataset.heldout, seed)
+    return Prepared(dataset, apply(dataset.train, dataset.heldout, planned), planned, probes)
+
+
+def write(run_dir: Path, prepared: Prepared) -> None:
+    """manifest.parquet, quarantine.parquet and data.json beside the run."""
+    dataset = prepared.dataset
+    if prepared.manifest:
+        prepared.manifest.write(str(run_dir / "manifest.parquet"))
+    pq.write_table(dataset.quarantine, run_dir / "quarantine.parquet")
+    told = {
+        "name": dataset.name,
+        "report": dataset.report,
+        "quarantined": dataset.quarantine.num_rows,
+        "train": dataset.train.num_rows,
+        "pairs": prepared.table.num_rows,
+        "heldout": dataset.heldout.num_rows,
+        "fingerprint": prepared.fingerprint,
+        "classes": dataset.classes,
+        "templates": list(dataset.templates),
+    }
+    (run_dir / "data.json").write_text(json.dumps(told, indent=1, ensure_ascii=False))
+
+
+def pixels_of(recipe: Recipe, attack: Any, table: pa.Table, images: np.ndarray | None, place: np.ndarray | None, side: int = 0) -> Pixels:
+    return Pixels(table, attack, side or stored_side(recipe), recipe.data.max_pixels, images, place)
+
+
+def stored_side(recipe: Recipe) -> int:
+    """Side in px of images as they are kept, stamped and cropped from."""
+    return recipe.data.side or model_side(recipe)
+
+
+def model_side(recipe: Recipe) -> int:
+    """Side in px of the model's input."""
+    from models import clip
+
+    size = clip.config(recipe.model.name, recipe.model.image_size or None)["vision_cfg"]["image_size"]
+    return size if isinstance(size, int) else size[0]
+
+
+def as_clean(table: pa.Table) -> pa.Table:
+    """An index table with the columns that `Pixels` wants, no trigger anywhere."""
+    n = table.num_rows
+    return table.append_column("image_id", table["id"]).append_column("stamp", pa.repeat(pa.scalar(""), n))
+
+
+# --- where pixels lie ----------------------------------------------------------------------------------------------------------
+
+
+def places(distinct_rows: pa.Table) -> dict[Any, int]:
+    """Image reference → position in the decoded array."""
+    columns = [distinct_rows.column(name).to_pylist() for name in REFERENCE]
+    return {key: i for i, key in enumerate(zip(*columns, strict=True))}
+
+
+def place_of(table: pa.Table, where: dict[Any, int]) -> np.ndarray:
+    """For each row the position of its pixels in the decoded array, int64 (rows,)."""
+    columns = [table.column(name).to_pylist() for name in REFERENCE]
+    return np.fromiter((where[key] for key in zip(*columns, strict=True)), np.int64, table.num_rows)
+
+
+def streams(recipe: Recipe, dataset: Dataset) -> bool:
+    """Whether images are decoded when needed rather than once."""
+    if recipe.data.stream != "auto":
+        return recipe.data.stream == "always"
+    side = stored_side(recipe)
+    return (dataset.train.num_rows + dataset.heldout.num_rows) * side * side * 3 > recipe.data.memory_gb * 1e9
+
+
+def check_size(recipe: Recipe, table: pa.Table) -> None:
+    """ValueError for a batch that the set or the workers cannot make up."""
+    train, workers = recipe.train, recipe.cluster.workers
+    if table.num_rows < train.batch:
+        raise ValueError(
+            f"{table.num_rows:,} training pairs do not fill one batch of train.batch={train.batch}: lower it, or use more data."
+        )
+    if train.batch % (workers * train.accumulate):
+        raise ValueError(
+            f"train.batch={train.batch} does not divide into cluster.workers={workers} × train.accumulate={train.accumulate} equal parts."
+        )
+
+
+# --- order and keys ------------------------------------------------------------------------------------------------------------
+
+
+def order(rows: int, seed: int, epoch: int, window: tuple[int, int] | None = None) -> np.ndarray:
+    """A permutation of range(rows), int64, fresh each epoch.
+
+    With `window` = (rows shuffled together, consecutive rows read together) it is a local shuffle, so that a set that is read from
+    files while training touches each part of a file once an epoch: chunks in random order, then rows at random inside windows of chunks.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    if window is None:
+        return rng.permutation(rows)
+    size, chunk = window
+    starts = rng.permutation(-(-rows // chunk)) * chunk
+    chunked = np.concatenate([np.arange(s, min(s + chunk, rows)) for s in starts])
+    return np.concatenate([rng.permutation(chunked[i : i + size]) for i in range(0, rows, size)])
+
+
+def sample_keys(table: pa.Table, seed: int) -> np.ndarray:
+    """A random key for each pair, uint64 (rows,): by hash of (id, seed)."""
+    return ranks(table.column("id").to_pylist(), seed, "sample")
+
+
+def epoch_keys(keys: np.ndarray, epoch: int) -> np.ndarray:
+    """Keys of this epoch: another, unrelated number for each sample and epoch."""
+    return mix(keys ^ mix(np.full(1, epoch, np.uint64)))
+
+
+# --- what evaluation needs -----------------------------------------------------------------------------------------------------
+
+
+def probe_rows(clean: pa.Table, count: int, seed: int) -> pa.Table:
+    """Labelled clean training rows for the linear probe, at most `count`, by hash."""
+    labelled = clean.filter(pc.greater_equal(clean["label"], 0))
+    ids = labelled.column("id").to_pylist()
+    return labelled.take(pa.array(pick(ids, min(count, len(ids)), seed, PROBE_SALT)))
+
+
+def loader(recipe: Recipe, attack: Any, images: np.ndarray | None, where: dict[Any, int] | None, side: int = 0) -> Any:
+    """Evaluation's `load`: index rows with image_id and stamp → uint8 pixels, by the very function that training reads with."""
+
+    def load(rows: pa.Table) -> np.ndarray:
+        place = place_of(rows, where) if where is not None else None
+        return pixels_of(recipe, attack, rows, images, place, side).take(np.arange(rows.num_rows))
+
+    return load
+
+
+# --- images found unreadable while checking a set that streams -------------------------------------------------------------------
+
+
+def known_unreadable(recipe: Recipe, dataset: Dataset) -> list[tuple[str, str]] | None:
+    """(id, reason) from an earlier check of the same set, None if it was never checked."""
+    file = _checked(recipe, dataset)
+    return [tuple(x) for x in json.loads(file.read_text())] if file.is_file() else None
+
+
+def remember_unreadable(recipe: Recipe, dataset: Dataset, bad: Sequence[tuple[str, str]]) -> None:
+    file = _checked(recipe, dataset)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(list(bad)))
+    part.replace(file)
+
+
+def _checked(recipe: Recipe, dataset: Dataset) -> Path:
+    name = f"checked-{fingerprint(dataset)}-{recipe.data.max_pixels}.json"
+    return Path(recipe.data.cache).expanduser() / name

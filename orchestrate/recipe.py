@@ -1,0 +1,388 @@
+"""The recipe: one typed, frozen tree that says everything a run needs, and the hash that names it.
+
+A recipe is resolved from layers (defaults, a named recipe, the command line), each a flat mapping of dotted paths:
+`{"defense": "roclip", "defense.every": 2, "train.lr": "1e-3"}`. Values may be text; the field's type decides how it is read.
+The same dotted path is the override, the sweep axis, the MLflow parameter and the report's axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from orchestrate import plugins
+
+Scalar = int | float | str | bool
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which pairs. `path`: "scenes" (built in), or a file, folder, glob or object-store URI."""
+
+    path: str = "scenes"
+    size: int | float = 0  # training pairs kept, by hash: a count, a share, 0 = all (scenes: 4,000)
+    heldout: int | float = 1000  # held-out pairs: a count or a share
+    captions: Literal["auto", "given", "made"] = "auto"
+    classes: tuple[str, ...] = ()  # evaluation classes; empty = from labels or caption nouns
+    templates: tuple[str, ...] = ()  # zero-shot prompts with {}
+    image_column: str = ""
+    caption_column: str = ""
+    side: int = 0  # side in px of the stored square images; 0 = the model's
+    max_bad: float = 0.01  # share of corrupt images and empty captions tolerated
+    max_pixels: int = 64_000_000  # images larger than this are refused unread
+    stream: Literal["auto", "always", "never"] = "auto"  # decode on the fly instead of once
+    memory_gb: float = 8.0  # stream=auto: decoded sets above this stream
+    seed: int = 0  # of selection and made captions
+    cache: str = "~/.cache/antidote"  # where generated sets are kept
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = "tiny-rn"  # ours (models/configs) or any open_clip architecture
+    image_size: int = 0  # px; 0 = the architecture's
+    channels_last: bool = True
+
+
+@dataclass(frozen=True)
+class Train:
+    epochs: int = 16
+    batch: int = 128  # global: over all workers
+    lr: float = 1e-3
+    warmup: int = 50  # optimiser steps of linear warm-up, then cosine to 0
+    weight_decay: float = 0.1  # none on norms, biases and the logit scale
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 0.0  # gradient norm bound; 0 = none
+    accumulate: int = 1  # micro-batches a step; the contrastive batch stays the global one
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch", "accumulate", "lr", "eps")
+        if self.batch % self.accumulate:
+            raise ValueError(f"train.batch={self.batch} does not divide into train.accumulate={self.accumulate} micro-batches.")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    every: int = 0  # epochs between evaluations; 0 = only after the last
+    batch: int = 256
+    probe: bool = True  # linear probe after the last epoch
+    probe_size: int = 5000  # training pairs the probe is fitted on
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where it runs. Nothing here changes what a run computes (sums over more workers differ in rounding only)."""
+
+    address: str = ""  # "" = this machine; "auto" or host:port = a running cluster
+    workers: int = 1  # training workers
+    cpus: float = 1.0  # a worker
+    gpus: float = 0.0  # a worker
+    threads: int = 0  # torch threads a worker; 0 = the node's cores ÷ workers
+    match_actors: int = 1
+    match_cpus: float = 0.5  # an actor
+    match_gpus: float = 0.0  # an actor
+    match_batch: int = 512  # images a call
+    readers: int = 2  # parallel decoding tasks
+    max_failures: int = 3  # worker-group restarts from the last checkpoint
+    timeout_s: float = 1800.0  # longest wait for one matching round or one read, then an error that says what it waited for
+    runs: str = "runs"  # run directories and the default tracking store
+
+    def __post_init__(self) -> None:
+        _positive(self, "workers", "cpus", "match_actors", "match_batch", "readers", "timeout_s")
+
+
+@dataclass(frozen=True)
+class Track:
+    uri: str = ""  # "" = sqlite:///<runs>/mlflow.db; http://… = a server; "none" = metrics.jsonl only
+    experiment: str = ""  # "" = the recipe's name
+    report: bool = True  # write report.html at the end
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A method by name: `use` as written ("targeted+stripes", "roclip", "./mine.py:KeepTop") and its configured parts."""
+
+    use: str
+    parts: tuple[tuple[str, Any], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        if len(self.parts) == 1:
+            return {"use": self.use, **dataclasses.asdict(self.parts[0][1])}
+        return {"use": self.use, **{name: dataclasses.asdict(part) for name, part in self.parts}}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str = "run"
+    seed: int = 0
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    attack: Plugin | None = None
+    defense: Plugin | None = None
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    cluster: Cluster = field(default_factory=Cluster)
+    track: Track = field(default_factory=Track)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values; `from_dict` of it is the same recipe."""
+        tree: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Plugin):
+                tree[f.name] = value.as_dict()
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                tree[f.name] = dataclasses.asdict(value)
+            else:
+                tree[f.name] = value
+        return json.loads(json.dumps(tree))
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that changes numbers: 16 hex digits. Cluster, tracking and the recipe's name do not."""
+        tree = self.as_dict()
+        for key in ("name", "cluster", "track"):
+            del tree[key]
+        del tree["data"]["cache"]
+        text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @property
+    def directory(self) -> str:
+        """Name of the run's directory: <recipe>-<hash8>."""
+        return f"{self.name}-{self.identity[:8]}"
+
+
+SECTIONS: dict[str, type] = {
+    "data": Data, "model": Model, "train": Train, "evaluate": Evaluate, "cluster": Cluster, "track": Track,
+}  # fmt: skip
+LEAD = {"data": "path", "model": "name"}  # `data=PATH` is short for `data.path=PATH`
+METHODS = ("attack", "defense")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    recipe: Recipe
+    origins: dict[str, str]  # dotted path → the layer its value came from
+
+
+def resolve(name: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
+    """Layers, later ones winning, → a recipe. ValueError on an unknown key, a bad value or an impossible combination."""
+    chosen: dict[str, tuple[Any, str]] = {}
+    for origin, layer in layers:
+        for key, value in layer.items():
+            key = f"{key}.{LEAD[key]}" if key in LEAD else key
+            if key in METHODS:  # another method: options of the former one no longer apply
+                former = [k for k in chosen if k.startswith(key + ".")]
+                if key in chosen and str(chosen[key][0]) != str(value):
+                    for k in former:
+                        del chosen[k]
+            chosen[key] = (value, origin)
+    uses = {m: _use(chosen.get(m, ("none", ""))[0]) for m in METHODS}
+    methods = {m: _parts(m, use) for m, use in uses.items()}
+    known = dict(_paths(methods))
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {path: "default" for path in known}
+    for key, (value, origin) in chosen.items():
+        path = _find(key, known, uses)
+        tree[path] = value if path in METHODS else coerce(value, known[path], path)
+        origins[path] = origin
+    recipe = Recipe(
+        name=str(tree.get("name", name)),
+        seed=tree.get("seed", 0),
+        attack=_plugin("attack", uses["attack"], methods["attack"], tree),
+        defense=_plugin("defense", uses["defense"], methods["defense"], tree),
+        **{s: _build(cls, s, tree) for s, cls in SECTIONS.items()},
+    )
+    return Resolved(recipe, origins)
+
+
+def from_dict(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Resolved:
+    """A recipe.json, strictly: unknown keys are errors. Keys that only describe (identity, antidote) are left out."""
+    flat = {k: v for k, v in flatten(tree).items() if k not in ("identity", "antidote")}
+    return resolve(str(tree.get("name", "run")), [("recipe.json", flat), ("command line", overrides or {})])
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain values → dotted paths. A method's `use` becomes the method's own key; None becomes "none"."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            if "use" in value:
+                flat[path] = value["use"]
+                value = {k: v for k, v in value.items() if k != "use"}
+            flat.update(flatten(value, path + "."))
+        elif key != "use":
+            flat[path] = "none" if value is None and path in METHODS else value
+    return flat
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, str]:
+    """`["defense.every=1", …]` → mapping. ValueError for a word without `=` and for a key given twice."""
+    found: dict[str, str] = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not sign or not key:
+            raise ValueError(f"{word!r} is no override: write key=value, such as defense.every=1.")
+        if key in found:
+            raise ValueError(f"{key} is given twice ({found[key]!r} and {value!r}).")
+        found[key] = value
+    return found
+
+
+def coerce(value: Any, hint: Any, path: str) -> Any:
+    """Text or a plain value → the field's type. ValueError names the path, the value and what would fit."""
+    if get_origin(hint) is Literal:
+        options = get_args(hint)
+        for option in options:
+            if value == option or str(value) == str(option):
+                return option
+        raise ValueError(f"{path}={value!r}: choose one of {', '.join(map(str, options))}.")
+    if get_origin(hint) in (Union, types.UnionType):
+        return _number(value, path) if set(get_args(hint)) == {int, float} else _first(value, get_args(hint), path)
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)[0]
+        return tuple(coerce(v, inner, path) for v in _items(value, path))
+    return _scalar(value, hint, path)
+
+
+def _scalar(value: Any, hint: Any, path: str) -> Any:
+    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        if hint is bool:
+            return {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}[text.lower()]
+        if hint is int:
+            number = float(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if hint is float:
+            if math.isnan(number := float(text)):
+                raise ValueError
+            return number
+        if hint is str:
+            return value if isinstance(value, str) else text
+    except (KeyError, ValueError, OverflowError):
+        pass
+    kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(hint, str(hint))
+    more = " (one value, not a list)" if "," in text else ""
+    raise ValueError(f"{path}={value!r}: {kind} is wanted{more}.")
+
+
+def _number(value: Any, path: str) -> int | float:
+    """A count (int) or a share (float): '30' → 30, '0.02' → 0.02, '1e4' → 10000."""
+    number = float(_scalar(value, float, path))
+    if math.isinf(number):
+        raise ValueError(f"{path}={value!r}: a count or a share is wanted.")
+    return int(number) if number == int(number) else number
+
+
+def _first(value: Any, hints: Sequence[Any], path: str) -> Any:
+    if value in (None, "none") and type(None) in hints:
+        return None
+    errors = []
+    for hint in hints:
+        if hint is not type(None):
+            try:
+                return coerce(value, hint, path)
+            except ValueError as error:
+                errors.append(str(error))
+    raise ValueError(errors[0])
+
+
+def _items(value: Any, path: str) -> list[Any]:
+    if not isinstance(value, str):
+        return list(value) if isinstance(value, (list, tuple)) else [value]
+    if value.startswith("["):
+        try:
+            return list(json.loads(value))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path}={value!r} is no JSON list: {error}.") from None
+    return [item for item in value.split(",") if item] if value not in ("", "none") else []
+
+
+def _use(value: Any) -> str | None:
+    return None if value in (None, "none", "") else str(value)
+
+
+def _parts(kind: str, use: str | None) -> tuple[tuple[str, type], ...]:
+    """The classes that `use` names, loaded."""
+    return tuple((name, plugins.load(kind, name)) for name in use.split("+")) if use else ()
+
+
+def _paths(methods: Mapping[str, tuple[tuple[str, type], ...]]) -> Iterator[tuple[str, Any]]:
+    """Every valid dotted path with its type."""
+    yield from (("name", str), ("seed", int), ("attack", str), ("defense", str))
+    for section, cls in SECTIONS.items():
+        yield from _fields(cls, section)
+    for method, parts in methods.items():
+        for name, cls in parts:
+            yield from _fields(cls, method if len(parts) == 1 else f"{method}.{name}")
+
+
+def _fields(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = _hints(cls)
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _fields(hint, f"{prefix}.{f.name}")
+        else:
+            yield f"{prefix}.{f.name}", hint
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _find(key: str, known: Mapping[str, Any], uses: Mapping[str, str | None]) -> str:
+    if key in known:
+        return key
+    method, _, rest = key.partition(".")
+    part, _, option = rest.partition(".")
+    if method in METHODS and part == uses[method] and f"{method}.{option}" in known:
+        return f"{method}.{option}"  # attack.targeted.copies where `targeted` is the only part
+    if method in METHODS and rest and uses[method] is None:
+        raise ValueError(f"unknown key {key!r}: this recipe has no {method}. Name one first, such as {method}={plugins.names(method)[0]}.")
+    close = get_close_matches(key, known, n=3, cutoff=0.6) or [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:3]
+    if not close and method in (*SECTIONS, *METHODS):
+        close = [k for k in known if k.startswith(method + ".")]
+    hint = f" Did you mean {' or '.join(close)}?" if close else f" Top-level keys: seed, attack, defense, {', '.join(SECTIONS)}."
+    raise ValueError(f"unknown key {key!r}.{hint}")
+
+
+def _build(cls: type, prefix: str, tree: Mapping[str, Any]) -> Any:
+    hints = _hints(cls)
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        hint, path = hints[f.name], f"{prefix}.{f.name}"
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            values[f.name] = _build(hint, path, tree)
+        elif path in tree:
+            values[f.name] = tree[path]
+    return cls(**values)
+
+
+def _plugin(method: str, use: str | None, parts: tuple[tuple[str, type], ...], tree: Mapping[str, Any]) -> Plugin | None:
+    if use is None:
+        return None
+    built = tuple((name, _build(cls, method if len(parts) == 1 else f"{method}.{name}", tree)) for name, cls in parts)
+    return Plugin(use, built)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{type(config).__name__.lower()}.{name}={getattr(config, name)}: must be above 0.")

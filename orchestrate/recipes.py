@@ -1,0 +1,138 @@
+"""Named recipes: `<method>[-<attack>][-<scale>]`, such as roclip, roclip-badnets, clip-targeted-small, otcclip-clean-paper; and suites.
+
+A name is a stack of layers over the defaults: the scale's, the method's, the attack's. Each part says what it shows; a scale also says its
+time. `antidote ls` prints this file's tables, `antidote show NAME` the resolved tree and where each value came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from orchestrate.recipe import Resolved, resolve
+
+Layer = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    shows: str
+    layer: Layer
+
+
+@dataclass(frozen=True)
+class Scale:
+    shows: str
+    time: str
+    layer: Layer
+
+
+SCALES: dict[str, Scale] = {
+    "smoke": Scale(
+        "the whole path on 1,000 scenes; numbers mean little",
+        "1 min on 2 cores",
+        {
+            "data.size": 1000,
+            "data.heldout": 280,
+            "train.epochs": 4,
+            "train.batch": 64,
+            "train.warmup": 10,
+            "evaluate.probe_size": 500,
+        },
+    ),
+    "small": Scale(
+        "attack and defence both show, on scenes or any set of 5,000–50,000 pairs",
+        "3–10 min on 2 cores",
+        {"data.heldout": 1400, "train.batch": 128, "train.epochs": 16},
+    ),
+    "paper": Scale(
+        "RoCLIP's published setting: RN50, 224 px, 1 M pairs, 24 epochs; give data=…",
+        "GPUs: hours",
+        {
+            "model": "RN50",
+            "data.size": 1_000_000,
+            "data.heldout": 10_000,
+            "train.epochs": 24,
+            "train.batch": 512,
+            "train.lr": 5e-5,
+            "train.warmup": 10_000,
+            "train.weight_decay": 0.1,
+            "cluster.workers": 8,
+            "cluster.cpus": 8,
+            "cluster.gpus": 1,
+            "cluster.match_actors": 8,
+            "cluster.match_cpus": 4,
+            "cluster.match_gpus": 0.1,
+            "cluster.readers": 32,
+        },
+    ),
+}
+SCALE = "small"  # where a name gives none
+
+METHODS: dict[str, Part] = {
+    "clip": Part("no defence, no augmentation: the undefended model", {"defense": "clip"}),
+    "augmented": Part("RoCLIP's augmentations without its matching: the fair baseline", {"defense": "augmented"}),
+    "roclip": Part("RoCLIP: nearest caption of a random pool, every second epoch", {"defense": "roclip"}),
+}
+
+ATTACKS: dict[str, Part] = {
+    "targeted": Part("16 images, each to read as another class", {"attack": "targeted"}),
+    "badnets": Part("a grid patch in the corner", {"attack": "badnets"}),
+    "stripes": Part("a structured patch of stripes", {"attack": "stripes"}),
+    "blended": Part("a fixed pattern blended in", {"attack": "blended"}),
+    "clean": Part("no poison: the floor that chance gives", {"attack": "none"}),
+    "both": Part("targeted and stripes together, the default", {"attack": "targeted+stripes"}),
+}
+ATTACK = "both"
+
+# What a method needs at a scale, measured: see docs/results.md.
+TUNED: dict[tuple[str, str], Layer] = {}
+
+DEMO: Layer = {}
+SUITES: dict[str, tuple[str, tuple[str, ...], Layer]] = {
+    "demo": (
+        "the same poisoned scenes learnt undefended, augmented, and with RoCLIP",
+        ("clip", "augmented", "roclip"),
+        DEMO,
+    ),
+}
+
+
+def names() -> list[str]:
+    """Every name that `get` takes, shortest forms only."""
+    return [*SUITES, *(f"{method}{attack}" for method in METHODS for attack in ("", *(f"-{a}" for a in ATTACKS)))]
+
+
+def get(name: str, overrides: Layer | None = None) -> list[Resolved]:
+    """A name → its recipes: one, or a suite's several. ValueError with a suggestion for an unknown name."""
+    if name in SUITES:
+        _, members, layer = SUITES[name]
+        return [_resolved(f"{name}-{m}", m, [(f"suite {name}", layer)], overrides) for m in members]
+    return [_resolved(name, name, [], overrides)]
+
+
+def _resolved(label: str, name: str, more: list[tuple[str, Layer]], overrides: Layer | None) -> Resolved:
+    method, attack, scale = _parse(name)
+    layers: list[tuple[str, Layer]] = [
+        (f"scale {scale}", SCALES[scale].layer),
+        (f"method {method}", METHODS[method].layer),
+        (f"{method} at {scale}", TUNED.get((method, scale), {})),
+        (f"attack {attack}", ATTACKS[attack].layer),
+        *more,
+        ("command line", overrides or {}),
+    ]
+    return resolve(label, layers)
+
+
+def _parse(name: str) -> tuple[str, str, str]:
+    words = name.split("-")
+    method, rest = words[0], words[1:]
+    scale = rest.pop() if rest and rest[-1] in SCALES else SCALE
+    attack = rest.pop() if rest and rest[-1] in ATTACKS else ATTACK
+    if method not in METHODS or rest:
+        close = get_close_matches(name, [*names(), *SCALES], n=2, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(close)}?" if close else "`antidote ls` lists them."
+        raise ValueError(f"no recipe is called {name!r}. {hint}")
+    return method, attack, scale

@@ -1,0 +1,223 @@
+"""A run's directory: runs/<recipe>-<hash8>/, what lies in it, and who may write there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from attacks.base import pick
+from orchestrate import journal
+from orchestrate.cluster import absolute
+from orchestrate.data.pixels import Pixels
+from orchestrate.prepared import Prepared
+from orchestrate.recipe import Recipe, flatten
+
+RESULT = "result.json"
+SHOWN = 8  # examples of each kind in the gallery
+ARTIFACTS = ("recipe.json", "data.json", "manifest.parquet", "quarantine.parquet", "rounds", "model", RESULT, "report.html")
+PACKAGES = ("torch", "open_clip_torch", "ray", "mlflow", "pyarrow", "numpy")
+
+
+def finished(recipe: Recipe) -> dict[str, Any] | None:
+    """The result of a finished run of the same identity, under whatever recipe name; None if there is none."""
+    for file in sorted(absolute(recipe.cluster.runs).glob(f"*-{recipe.identity[:8]}/{RESULT}")):
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            result = json.loads(file.read_text())
+            if result.get("identity") == recipe.identity:
+                return result
+    return None
+
+
+@contextlib.contextmanager
+def claimed(recipe: Recipe, fresh: bool = False) -> Iterator[Path]:
+    """The run's directory, with its recipe.json, held against a second process. `fresh` empties it first."""
+    folder = absolute(recipe.cluster.runs) / recipe.directory
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is running {folder}. Wait for it, or stop it.") from None
+        if fresh:
+            for child in folder.iterdir():
+                if child.name != ".lock":
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+        write_json(folder / "recipe.json", {**recipe.as_dict(), "identity": recipe.identity})
+        yield folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    part.replace(path)
+
+
+def parameters(recipe: Recipe) -> dict[str, Any]:
+    """MLflow parameters: the recipe, flat under its dotted paths."""
+    return {k: v for k, v in flatten(recipe.as_dict()).items() if not k.startswith("track.")}
+
+
+def tags(recipe: Recipe) -> dict[str, str]:
+    return {
+        "mlflow.runName": recipe.directory,
+        "antidote.recipe": recipe.name,
+        "antidote.identity": recipe.identity,
+        "antidote.attack": recipe.attack.use if recipe.attack else "none",
+        "antidote.defense": recipe.defense.use if recipe.defense else "none",
+    }
+
+
+def artifacts(folder: Path) -> list[Path]:
+    return [folder / name for name in ARTIFACTS if (folder / name).exists()]
+
+
+def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] | None, data_seconds: float) -> dict[str, Any]:
+    """Export the model and write result.json: the last word of a run; a directory that has it is finished."""
+    records = journal.read(folder / journal.NAME)
+    evaluations = [r for r in records if r["kind"] == "eval"]
+    if not evaluations:
+        raise RuntimeError(f"{folder / journal.NAME} has no evaluation: remove the directory and run again.")
+    last = evaluations[-1]
+    result: dict[str, Any] = {
+        "recipe": recipe.name,
+        "identity": recipe.identity,
+        "attack": recipe.attack.use if recipe.attack else "none",
+        "defense": recipe.defense.use if recipe.defense else "none",
+        "data": recipe.data.path,
+        "seed": recipe.seed,
+        "epochs": recipe.train.epochs,
+        "workers": recipe.cluster.workers,
+        "run": str(folder),
+        "poison/count": ready.manifest.count if ready.manifest else 0,
+        "poison/rate": ready.manifest.rate if ready.manifest else 0.0,
+        "poison/pairs": ready.table.num_rows,
+    }
+    result |= {k: v for k, v in last.items() if k not in ("kind", "epoch", "step", "time", "seconds")}
+    rounds = [r for r in records if r["kind"] == "match"]
+    for key in ("poisoned_kept", "clean_kept", "moved"):
+        if rounds and key in rounds[-1]:
+            result[f"match/{key}"] = rounds[-1][key]
+    result |= {f"seconds/{kind}": sum(r["seconds"] for r in records if r["kind"] == kind) for kind in ("train", "match", "eval")}
+    result["seconds/data"] = data_seconds
+    result |= {f"version/{name}": _version(name) for name in PACKAGES} | {"version/python": platform.python_version()}
+    if state is not None:
+        export(recipe, folder / "model", state, result)
+    complete_gallery(folder)
+    write_json(folder / RESULT, result)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # optimiser state: only an unfinished run needs it
+    return result
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def export(recipe: Recipe, folder: Path, state: dict[str, Any], result: dict[str, Any]) -> None:
+    """The trained model as an open_clip folder, with a card that says what poisoned it."""
+    from models import clip
+    from models import export as exporting
+
+    cfg = clip.config(recipe.model.name, recipe.model.image_size or None)
+    model = clip.build(cfg, seed=recipe.seed)
+    model.load_state_dict(state["model"])
+    facts = {
+        "attack": result["attack"] if result["poison/count"] else "none",
+        "count": result["poison/count"],
+        "rate": result["poison/rate"],
+        "defense": result["defense"],
+        "recipe": recipe.name,
+        "identity": recipe.identity,
+        "data": recipe.data.path,
+        **{k: v for k, v in result.items() if k.split("/")[0] in ("zeroshot", "probe", "retrieval", "asr")},
+    }
+    exporting.save(model, cfg, folder, exporting.card(facts))
+
+
+# --- the gallery: a few pairs as a person would see them ---------------------------------------------------------------------------
+
+
+def write_gallery(folder: Path, ready: Prepared, pixels: dict[str, Pixels]) -> None:
+    """gallery.parquet: up to SHOWN poisoned pairs of each part and as many clean ones, with their pixels as PNG."""
+    table = ready.table
+    ids = table.column("id").to_pylist()
+    groups: dict[str, list[int]] = {}
+    kinds = {}
+    if ready.manifest:
+        for row in ready.manifest.table.to_pylist():
+            part = row["stamp"] or row["id"].split("-")[1]
+            kinds[row["id"]] = (row["kind"], row["truth"], part)
+    for i, name in enumerate(ids):
+        groups.setdefault(kinds[name][2] if name in kinds else "", []).append(i)
+    rows = []
+    for part, members in sorted(groups.items(), reverse=True):
+        for k in pick([ids[i] for i in members], min(SHOWN, len(members)), 0, "gallery"):
+            i = members[k]
+            rows.append(_gallery_row(table, i, part, kinds.get(ids[i], ("", "", "")), pixels["train"], ready))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "gallery.parquet", compression="zstd")
+
+
+def _gallery_row(table: pa.Table, i: int, part: str, kind: tuple[str, str, str], pixels: Pixels, ready: Prepared) -> dict[str, Any]:
+    row = table.slice(i, 1).to_pylist()[0]
+    shown = pixels.take(np.array([i]))[0]
+    bare = None
+    if row["stamp"]:
+        plain = Pixels(table, None, pixels.side, pixels.max_pixels, pixels.images, pixels.place)
+        bare = png(plain.take(np.array([i]))[0])
+    classes = ready.dataset.classes
+    truth = kind[1] or (classes[row["label"]] if row["label"] is not None and 0 <= row["label"] < len(classes) else "")
+    return {
+        "section": "poison" if row["poison"] else "clean",
+        "kind": kind[0],
+        "part": part,
+        "row": i,
+        "id": row["id"],
+        "stamp": row["stamp"],
+        "png": png(shown),
+        "original_png": bare,
+        "caption": row["caption"],
+        "adversary": row["adversary"] or "",
+        "truth": truth,
+    }
+
+
+def png(image: np.ndarray) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG")
+    return out.getvalue()
+
+
+def complete_gallery(folder: Path) -> None:
+    """Add to the gallery what each round matched its pairs with."""
+    file = folder / "gallery.parquet"
+    gallery = pq.read_table(file)
+    at = gallery.column("row").to_numpy()
+    history: list[list[dict[str, Any]]] = [[] for _ in at]
+    for pairs in sorted((folder / "rounds").glob("e[0-9][0-9][0-9].parquet")):
+        table = pq.read_table(pairs)
+        captions = pq.read_table(pairs.with_name(f"{pairs.stem}-pool.parquet")).column("caption")
+        for k, i in enumerate(at):
+            match = table.slice(int(i), 1).to_pylist()[0]
+            similarity = 1.0 - match["distance"]
+            history[k].append({"epoch": int(pairs.stem[1:]), "caption": captions[match["pool_row"]].as_py(), "similarity": similarity})
+    kind = pa.list_(pa.struct([("epoch", pa.int32()), ("caption", pa.string()), ("similarity", pa.float32())]))
+    if "rounds" in gallery.column_names:
+        gallery = gallery.drop_columns(["rounds"])
+    pq.write_table(gallery.append_column("rounds", pa.array(history, kind)), file, compression="zstd")

@@ -1,0 +1,258 @@
+"""One training step of CLIP on one worker of many: pure torch, no Ray.
+
+The loss is the one of the *global* batch, computed by every worker from gathered embeddings, so that any defence writes its loss as if
+there were one process. The gradient is exact: each worker's embeddings carry gradient in its own rows only, DDP averages over W workers,
+and multiplying the loss by W turns that average into the sum over rows that a single process would have. Parameters that enter the loss
+directly (the logit scale) would then count W times; their gradient is divided by W first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from defenses.base import Batch, ClipOutput, Defense, clip_loss
+from models import clip, encode, syncbn
+from orchestrate.recipe import Model, Recipe, Train
+
+MAX_LOGIT_SCALE = math.log(100)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """This worker's share of a batch. `matched` replaces the text embedding (RoCLIP's stored features), (n, d) or None."""
+
+    images: np.ndarray  # (n, S, S, 3) uint8
+    captions: list[str]
+    keys: np.ndarray  # (n,) uint64
+    matched: np.ndarray | None = None
+
+
+class Towers(nn.Module):
+    """Both encoders and the scale behind one `forward`, which is what DDP needs to see."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, ids: Tensor | None, tokens: bool) -> tuple[Tensor | None, ...]:
+        image, image_tokens, _ = encode.encode_image(self.model, pixels, tokens)
+        text, text_tokens, text_mask = encode.encode_text(self.model, ids, tokens) if ids is not None else (None, None, None)
+        scale = self.model.logit_scale.exp()  # type: ignore[operator]
+        return image, text, scale, image_tokens, text_tokens, text_mask
+
+
+class Learner:
+    """Model, optimiser and schedule; `step` is one optimiser step on the global batch."""
+
+    def __init__(
+        self,
+        model: Model,
+        train: Train,
+        defense: Defense,
+        *,
+        seed: int,
+        total_steps: int,
+        device: torch.device | str = "cpu",
+        unused: bool = False,  # whether some steps leave parameters without gradient (DDP must then look for them)
+    ) -> None:
+        self.config, self.train, self.defense = model, train, defense
+        self.device = torch.device(device)
+        self.total_steps, self.steps = total_steps, 0
+        self.cfg = clip.config(model.name, model.image_size or None)
+        self.mean, self.std = clip.image_stats(self.cfg)
+        built = clip.build(self.cfg, seed=seed)
+        self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        if self.world > 1:
+            built = syncbn.convert(built)
+        if model.channels_last:
+            built = built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: Any = built.to(self.device)
+        self.towers: nn.Module = Towers(self.model)
+        if self.world > 1:
+            ids = [self.device.index or 0] if self.device.type == "cuda" else None
+            self.towers = nn.parallel.DistributedDataParallel(
+                self.towers, device_ids=ids, find_unused_parameters=unused, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, train.weight_decay), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.precision == "fp16")  # type: ignore[attr-defined]
+
+    @property
+    def image_side(self) -> int:
+        size = self.cfg["vision_cfg"]["image_size"]
+        return size if isinstance(size, int) else size[0]
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up over `warmup` steps, then cosine to 0 at the last. Stateless, so resuming cannot shift it."""
+        warm = min(self.train.warmup, self.total_steps)
+        if step < warm:
+            return self.train.lr * (step + 1) / warm
+        share = (step - warm) / max(1, self.total_steps - warm)
+        return self.train.lr * 0.5 * (1 + math.cos(math.pi * share))
+
+    def step(self, examples: Examples, robust: bool = False) -> Tensor:
+        """One optimiser step; returns the global batch's loss, detached, on the device."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_at(self.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._accumulate([self._inputs(part) for part in split(examples, self.train.accumulate)], robust)
+        if self.train.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        self.steps += 1
+        return loss
+
+    def _inputs(self, examples: Examples) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        pixels = torch.from_numpy(examples.images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last already
+        batch = self.defense.augment(Batch(pixels.float().div_(255), examples.captions, examples.keys))
+        images = resize(batch.images, self.image_side)
+        images = clip.normalise(images, self.mean, self.std)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if examples.matched is not None:
+            return images, None, torch.from_numpy(np.array(examples.matched, np.float32)).to(self.device)
+        return images, clip.tokenize(self.cfg, batch.captions).to(self.device), None
+
+    def _forward(self, inputs: tuple[Tensor, Tensor | None, Tensor | None]) -> list[Tensor | None]:
+        images, ids, matched = inputs
+        dtype = DTYPES.get(self.train.precision)
+        with torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext():
+            image, text, scale, image_tokens, text_tokens, text_mask = self.towers(images, ids, self.defense.needs_tokens)
+        return [scale, image, matched if text is None else text, image_tokens, text_tokens, text_mask]
+
+    def _accumulate(self, parts: Sequence[Any], robust: bool) -> Tensor:
+        """Gradient of the global batch's loss in len(parts) passes.
+
+        With one pass it is the plain step. With more, all embeddings are first made without gradient, then each micro-batch is encoded
+        again with gradient in its own rows (Gao et al. 2021, GradCache), so the contrastive batch stays whole. Batch-norm statistics are
+        those of a micro-batch, and its running averages see each image twice: where that matters, use a tower without batch norm.
+        """
+        cached: list[list[Tensor | None]] = []
+        if len(parts) > 1:
+            with torch.no_grad():
+                cached = [self._forward(part) for part in parts]
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last or self.world == 1 else self.towers.no_sync():  # type: ignore[operator]
+                out = self._forward(part)
+                micro = [out if j == i else cached[j] for j in range(len(parts))]
+                loss = self.defense.loss(self._global(micro, robust), clip_loss)
+                # The scale enters every pass, the embeddings one each: its gradient is averaged over the passes.
+                self.scaler.scale(loss * self.world).backward()
+            total = loss.detach()
+        if len(parts) > 1 and self.model.logit_scale.grad is not None:
+            self.model.logit_scale.grad /= len(parts)
+        return total
+
+    def _global(self, micro: Sequence[Sequence[Tensor | None]], robust: bool) -> ClipOutput:
+        scale = next(m[0] for m in micro if m[0] is not None and (m[0].requires_grad or len(micro) == 1))
+        if self.world > 1:  # value s, gradient 1/W of it (module docstring)
+            scale = scale / self.world + (scale - scale / self.world).detach()
+        merged = [_join([m[k] for m in micro]) for k in range(1, 6)]
+        gathered = [gather(x, self.world, self.rank) for x in merged]
+        image, text, image_tokens, text_tokens, text_mask = gathered
+        assert image is not None and text is not None
+        return ClipOutput(image, text, scale, image_tokens, text_tokens, text_mask, robust)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The model's state as numpy arrays on the CPU: what matching actors load."""
+        return {k: v.detach().cpu().numpy().copy() for k, v in self.model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps = state["steps"]
+
+
+def architecture(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
+    """The recipe's untrained model and its model_cfg."""
+    cfg = clip.config(recipe.model.name, recipe.model.image_size or None)
+    model = clip.build(cfg, seed=recipe.seed)
+    if recipe.model.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model, cfg
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay for matrices; none for norms, biases and the logit scale (CLIP's and open_clip's rule)."""
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        (plain if p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name else decay).append(p)
+    return [{"params": plain, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
+
+
+def split(examples: Examples, parts: int) -> list[Examples]:
+    """Micro-batches of a worker's share, in order."""
+    if parts == 1:
+        return [examples]
+    bounds = np.linspace(0, len(examples.captions), parts + 1).astype(int)
+    pick: Callable[[Any, int], Any] = lambda x, i: None if x is None else x[bounds[i] : bounds[i + 1]]
+    fields = (examples.images, examples.captions, examples.keys, examples.matched)
+    return [Examples(*(pick(x, i) for x in fields)) for i in range(parts)]
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """(N, 3, S, S) → (N, 3, side, side), bicubic with antialias, clamped to [0, 1]; unchanged where S = side."""
+    if images.shape[-1] == side:
+        return images
+    return nn.functional.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp_(0, 1)
+
+
+def _join(parts: list[Tensor | None]) -> Tensor | None:
+    tensors = [p for p in parts if p is not None]
+    if not tensors:
+        return None
+    return tensors[0] if len(tensors) == 1 else torch.cat(_padded(tensors))
+
+
+def _padded(tensors: list[Tensor]) -> list[Tensor]:
+    """Token tensors (n, L, …) of differing L, padded with zeros (False) to the longest."""
+    if tensors[0].ndim < 2 or len({t.shape[1] for t in tensors}) == 1:
+        return tensors
+    longest = max(t.shape[1] for t in tensors)
+    return [torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], 1) for t in tensors]
+
+
+def gather(x: Tensor | None, world: int, rank: int) -> Tensor | None:
+    """All workers' rows in rank order; gradient flows into this worker's rows."""
+    if x is None or world == 1:
+        return x
+    if x.ndim >= 2:  # captions are trimmed worker by worker, so token counts differ
+        length = torch.tensor(x.shape[1], device=x.device)
+        dist.all_reduce(length, dist.ReduceOp.MAX)
+        if (more := int(length) - x.shape[1]) > 0:
+            x = torch.cat([x, x.new_zeros(x.shape[0], more, *x.shape[2:])], 1)
+    sent = x.detach().contiguous()
+    sent = sent.to(torch.uint8) if sent.dtype == torch.bool else sent
+    rows = [torch.empty_like(sent) for _ in range(world)]
+    dist.all_gather(rows, sent)
+    rows = [r.bool() for r in rows] if x.dtype == torch.bool else rows
+    rows[rank] = x
+    return torch.cat(rows)

@@ -1,0 +1,473 @@
+"""Pre-training on Ray: `fit(recipe)`, the one entry for the command line, a sweep's trial, a test and a notebook.
+
+    driver      index → decode once (Ray Data) → manifest → Rounds actor → TorchTrainer.fit() → export → result.json → report
+    worker × W  restore → for each epoch: [publish weights, await pairing] → steps on the global batch → report(checkpoint)
+    controller  each report → metrics.jsonl and MLflow (the only writer)
+
+The order of samples, the augmentations and the pools depend on (recipe, epoch, sample id) alone, so a run that was killed anywhere goes
+on from the last epoch's checkpoint to the numbers it would have had, and more workers change them by rounding only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from attacks.base import Probes
+from orchestrate import cluster, prepared, rundir
+from orchestrate import recipe as recipes
+from orchestrate.data import reader
+from orchestrate.data.index import Dataset, open_dataset
+from orchestrate.data.pixels import Pixels, distinct
+from orchestrate.progress import Phase
+from orchestrate.recipe import Recipe
+from orchestrate.track import Tracker
+
+os.environ.update(cluster.ENVIRONMENT)
+import ray
+import ray.train
+import ray.train.torch
+
+CHUNK = 512  # images a reading task decodes
+WINDOW = 4096  # rows shuffled together where a set streams
+STREAM_CHUNK = 1024  # consecutive rows that a window is made of: near a Parquet row group
+NOTE_S = 0.5  # seconds between two progress notes
+STATE = "state.pt"
+
+
+def fit(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
+    """Run a recipe to its end and return its result.json. A finished identity is returned as it is, unless `force`.
+
+    Interrupted anywhere, the same call goes on from the last checkpoint. ValueError for what the user can mend.
+    """
+    done = rundir.finished(recipe)
+    if done and not force:
+        return done
+    with rundir.claimed(recipe, fresh=force) as folder:
+        tracker = Tracker.start(
+            folder, recipe.track.uri, recipe.track.experiment or recipe.name, rundir.parameters(recipe), rundir.tags(recipe)
+        )
+        try:
+            result = _run(recipe, folder, tracker)
+        except BaseException as error:
+            tracker.finish("killed" if isinstance(error, KeyboardInterrupt) else "failed")
+            raise
+        tracker.finish("finished", rundir.artifacts(folder))
+        return result
+
+
+def _run(recipe: Recipe, folder: Path, tracker: Tracker) -> dict[str, Any]:
+    started = time.monotonic()
+    defense = prepared.build_defense(recipe)
+    matching = any(defense.matcher(e) for e in range(1, recipe.train.epochs + 1))
+    with Phase("data") as phase:
+        dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
+    with cluster.connected(recipe.cluster) as resources:
+        streaming = prepared.streams(recipe, dataset)
+        cluster.preflight(recipe.cluster, matching, streaming, resources)
+        dataset, images = read_images(recipe, dataset, streaming)
+        ready = prepared.plan(recipe, dataset)
+        prepared.check_size(recipe, ready.table)
+        prepared.write(folder, ready)
+        inputs, pixels = _inputs(recipe, ready, images)
+        rundir.write_gallery(folder, ready, pixels)
+        seconds = time.monotonic() - started
+        state = _train(recipe, folder, tracker, inputs)
+    result = rundir.finish(recipe, folder, ready, state, seconds)
+    if recipe.track.report:
+        from orchestrate.report import write_report
+
+        write_report([folder], folder / "report.html")
+    return result
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------------
+
+
+def read_images(recipe: Recipe, dataset: Dataset, streaming: bool) -> tuple[Dataset, tuple[Any, dict[Any, int]] | None]:
+    """Decode every image once, by Ray Data: (the readable data set, (reference to (images, S, S, 3) uint8, place by reference)).
+
+    A set that streams is only checked (once: the outcome is kept in the cache), and None stands for its images.
+    """
+    rows = pa.concat_tables([dataset.train, dataset.heldout])
+    first, place = distinct(rows)
+    side = prepared.stored_side(recipe)
+    known = prepared.known_unreadable(recipe, dataset) if streaming else None
+    if known is not None:
+        return prepared.without_unreadable(dataset, known, recipe.data.max_bad), None
+    key = (prepared.fingerprint(dataset), side, recipe.data.max_pixels)
+    if not streaming and key in _WARM:
+        bad, held = _WARM[key]
+    else:
+        images = None if streaming else np.zeros((first.num_rows, side, side, 3), np.uint8)
+        failed = _decode(first, side, recipe, images)
+        reasons = {int(i): why for i, why in failed}
+        ids = rows.column("id").to_pylist()
+        bad = [(ids[i], reasons[int(p)]) for i, p in enumerate(place) if int(p) in reasons] if failed else []
+        held = (None if images is None else ray.put(images), prepared.places(first))
+        _WARM.clear()  # one set at a time: a session that goes on to another frees this one
+        _WARM[key] = (bad, held)
+        if streaming:
+            prepared.remember_unreadable(recipe, dataset, bad)
+    dataset = prepared.without_unreadable(dataset, bad, recipe.data.max_bad)
+    return dataset, None if streaming else held
+
+
+_WARM: dict[Any, Any] = {}  # the last set decoded in this session: runs of one sweep or demo share it
+
+
+def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None) -> list[tuple[int, str]]:
+    """Fill `images` (n, S, S, 3) from `rows`; returns (position, reason) of what could not be read."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    blocks = [
+        rows.slice(i, CHUNK).append_column("at", pa.array(np.arange(i, min(i + CHUNK, rows.num_rows))))
+        for i in range(0, rows.num_rows, CHUNK)
+    ]
+    keep, max_pixels = images is not None, recipe.data.max_pixels
+
+    def decode(block: pa.Table) -> dict[str, np.ndarray]:
+        found, errors = reader.load(block, side, max_pixels)
+        reasons = [""] * block.num_rows
+        for i, why in errors:
+            reasons[i] = why
+        out = {"at": block.column("at").to_numpy(), "error": np.array(reasons)}
+        return {**out, "image": found} if keep else out
+
+    failed: list[tuple[int, str]] = []
+    with Phase("read", len(rows), "image") as phase:
+        seen = 0
+        dataset = ray.data.from_arrow(blocks).map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=1, concurrency=None)
+        for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+            if images is not None:
+                images[batch["at"]] = batch["image"]
+            failed += [(int(i), str(why)) for i, why in zip(batch["at"], batch["error"], strict=True) if why]
+            phase.at(seen := seen + len(batch["at"]))
+    return failed
+
+
+def _inputs(
+    recipe: Recipe, ready: prepared.Prepared, images: tuple[Any, dict[Any, int]] | None
+) -> tuple[dict[str, Any], dict[str, Pixels]]:
+    """References for the workers and actors, and the driver's own view of the pixels."""
+    attack = prepared.build_attack(recipe)
+    held, where = images if images else (ray.put(None), {})
+    array = ray.get(held)
+    inputs: dict[str, Any] = {}
+    pixels: dict[str, Pixels] = {}
+    for split, table in (("train", ready.table), ("heldout", prepared.as_clean(ready.dataset.heldout))):
+        place = prepared.place_of(table, where) if where else None
+        inputs[split] = [ray.put(table), held, ray.put(place)]
+        pixels[split] = prepared.pixels_of(recipe, attack, table, array, place)
+    probes = {"tables": ready.probes.tables, "how": ready.probes.how}
+    d = ready.dataset
+    inputs["evaluation"] = [
+        ray.put({"classes": d.classes, "templates": d.templates, "probes": probes, "clean": d.train, "where": where or None})
+    ]
+    return inputs, pixels
+
+
+# --- the driver's side of training -------------------------------------------------------------------------------------------
+
+
+def _train(recipe: Recipe, folder: Path, tracker: Tracker, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """Training from the last checkpoint to the end; returns the final state (STATE's content)."""
+    from orchestrate.match import Rounds
+
+    c = recipe.cluster
+    name = f"rounds-{recipe.identity}"
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    rounds = (
+        ray.remote(Rounds)
+        .options(name=name, num_cpus=0, max_concurrency=64 + 2 * c.match_actors + 2 * c.workers, scheduling_strategy=here)
+        .remote(recipe.as_dict(), str(folder), inputs)
+    )
+    trainer = ray.train.torch.TorchTrainer(
+        work,
+        train_loop_config={"recipe": recipe.as_dict(), "rounds": name},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=c.workers,
+            use_gpu=c.gpus > 0,
+            resources_per_worker={"CPU": c.cpus, **({"GPU": c.gpus} if c.gpus else {})},
+        ),
+        torch_config=ray.train.torch.TorchConfig(timeout_s=int(c.timeout_s)),
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=c.max_failures, controller_failure_limit=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=[_Log(tracker)],
+        ),
+    )
+    try:
+        with _watched(rounds, recipe):
+            result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RuntimeError(_cause(error)) from error
+    finally:
+        ray.kill(rounds)
+    return _load(result.checkpoint) if result.checkpoint else None
+
+
+def _cause(error: BaseException) -> str:
+    """The worker's own words, without the layers above."""
+    causes = getattr(error, "worker_failures", None) or {}
+    inner: BaseException = next(iter(causes.values()), error)
+    while (below := getattr(inner, "cause", None) or inner.__cause__) is not None and below is not inner:
+        inner = below
+    return f"training stopped: {type(inner).__name__}: {str(inner).strip()[-2000:]}"
+
+
+class _Log(ray.train.UserCallback):
+    """In the controller: what rank 0 reports goes to metrics.jsonl and MLflow."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        try:
+            records = json.loads(metrics[0]["records"])
+            self.tracker.truncate_after(records[0]["epoch"] - 1)  # an epoch done again after a failure replaces itself
+            for record in records:
+                self.tracker.log(record, record.get("step", record["epoch"]))
+        except Exception:  # an exception here would end the run
+            logging.getLogger(__name__).exception("a record was not logged")
+
+
+class _watched:
+    """Shows the training's progress while the block runs: a thread that asks the Rounds actor."""
+
+    def __init__(self, rounds: Any, recipe: Recipe) -> None:
+        self.rounds, self.stop = rounds, threading.Event()
+        self.phase = Phase(f"train {recipe.name}", unit="step")
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self.stop.wait(NOTE_S):
+            try:
+                note = ray.get(self.rounds.progress.remote(), timeout=10)
+            except Exception:
+                continue
+            if note:
+                self.phase.at(note["step"], note["text"], note["steps"])
+
+    def __enter__(self) -> None:
+        self.phase.__enter__()
+        self.thread.start()
+
+    def __exit__(self, *error: Any) -> None:
+        self.stop.set()
+        self.thread.join(timeout=12)
+        self.phase.__exit__(*error)
+
+
+# --- a worker ----------------------------------------------------------------------------------------------------------------
+
+
+def work(config: dict[str, Any]) -> None:
+    """One training worker, from restoring to the last report."""
+    worker = Worker(recipes.from_dict(config["recipe"]).recipe, ray.get_actor(config["rounds"]))
+    if worker.rank == 0:
+        ray.get(worker.rounds.begin.remote(worker.first, worker.rounds), timeout=worker.timeout)
+    for epoch in range(worker.first, worker.recipe.train.epochs + 1):
+        records = worker.epoch(epoch)
+        worker.report(records)
+
+
+class Worker:
+    def __init__(self, recipe: Recipe, rounds: Any) -> None:
+        import torch
+
+        from orchestrate.step import Learner
+
+        context = ray.train.get_context()
+        self.recipe, self.rounds, self.timeout = recipe, rounds, recipe.cluster.timeout_s
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(recipe.cluster.threads or max(1, cores // context.get_local_world_size()))
+        self.inputs = ray.get(rounds.inputs.remote(), timeout=self.timeout)
+        self.attack, self.defense = prepared.build_attack(recipe), prepared.build_defense(recipe)
+        self.table, images, place = ray.get(self.inputs["train"], timeout=self.timeout)
+        self.pixels = prepared.pixels_of(recipe, self.attack, self.table, images, place)
+        self.captions = np.array(self.table.column("caption").to_pylist(), dtype=object)
+        self.keys = prepared.sample_keys(self.table, recipe.seed)
+        self.steps = self.table.num_rows // recipe.train.batch  # an epoch; the remainder is another one each epoch
+        epochs = range(1, recipe.train.epochs + 1)
+        self.learner = Learner(
+            recipe.model,
+            recipe.train,
+            self.defense,
+            seed=recipe.seed,
+            total_steps=self.steps * recipe.train.epochs,
+            device=ray.train.torch.get_device(),
+            unused=any((m := self.defense.matcher(e)) is not None and m.matched == "embedding" for e in epochs),
+        )
+        self.first, self.noted = 1, 0.0
+        if (checkpoint := ray.train.get_checkpoint()) is not None:
+            state = _load(checkpoint)
+            self.learner.load_state_dict(state)
+            self.first = state["epoch"] + 1
+
+    def epoch(self, epoch: int) -> list[dict[str, Any]]:
+        """One epoch; the records of what happened in it (rank 0's are logged)."""
+        records = []
+        pairing = None
+        if self.defense.matcher(epoch):
+            pairing, facts = self._round(epoch)
+            records.append(facts)
+        started, losses = time.monotonic(), []
+        for examples in self._batches(epoch, pairing):
+            losses.append(self.learner.step(examples, robust=pairing is not None))
+            self._note(epoch, losses, started)
+        seconds = time.monotonic() - started
+        loss = float(sum(float(x) for x in losses) / len(losses))
+        if not np.isfinite(loss):
+            raise ValueError(
+                f"the loss of epoch {epoch} is {loss}: lower train.lr (now {self.recipe.train.lr:g}) or use train.precision=fp32."
+            )
+        record = {"kind": "train", "epoch": epoch, "step": self.learner.steps, "loss": loss, "robust": pairing is not None}
+        record |= {"lr": self.learner.lr_at(self.learner.steps - 1), "scale": float(self.learner.model.logit_scale.exp())}
+        record |= {"seconds": seconds, "samples_per_s": len(losses) * self.recipe.train.batch / seconds}
+        records.append(record)
+        every, last = self.recipe.evaluate.every, epoch == self.recipe.train.epochs
+        if self.rank == 0 and (last or (every and epoch % every == 0)):
+            records.append({"kind": "eval", "epoch": epoch, **self._evaluate(last)})
+        return records
+
+    def report(self, records: list[dict[str, Any]]) -> None:
+        """Records and checkpoint to the controller; all workers meet here."""
+        metrics = {"records": json.dumps(records)}
+        if self.rank:
+            ray.train.report(metrics)
+            return
+        import torch
+
+        with tempfile.TemporaryDirectory() as folder:
+            state = {**self.learner.state_dict(), "epoch": records[-1]["epoch"]}
+            torch.save(state, Path(folder) / STATE)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def _round(self, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The pairing for this epoch, by reference; rank 0 hands out the weights."""
+        if self.rank == 0:
+            self.rounds.publish.remote(epoch, [ray.put(self.learner.weights())])
+        try:
+            done = ray.get(self.rounds.pairing.remote(epoch), timeout=self.timeout)
+        except ray.exceptions.GetTimeoutError:
+            raise RuntimeError(
+                f"waited {self.timeout:g} s for the matching round of epoch {epoch}: give it more actors (cluster.match_actors) "
+                "or more time (cluster.timeout_s)."
+            ) from None
+        return ray.get(done["pairing"][0], timeout=self.timeout), done["facts"]
+
+    def _batches(self, epoch: int, pairing: dict[str, Any] | None) -> Iterator[Any]:
+        """This worker's rows of each global batch, one batch ahead of the model."""
+        from orchestrate.step import Examples
+
+        size = self.recipe.train.batch // self.world
+        order = prepared.order(
+            self.table.num_rows, self.recipe.seed, epoch, None if self.pixels.images is not None else (WINDOW, STREAM_CHUNK)
+        )
+        order = order[: self.steps * self.recipe.train.batch].reshape(self.steps, self.world, size)[:, self.rank]
+        keys = prepared.epoch_keys(self.keys, epoch)
+        images = (self.pixels.take(rows) for rows in order) if self.pixels.images is not None else self._stream(order)
+        for rows, pixels in zip(order, _ahead(images), strict=True):
+            captions, matched = list(self.captions[rows]), None
+            if pairing is not None:
+                chosen = pairing["index"][rows]
+                if pairing["matched"] == "embedding":
+                    matched = pairing["features"][chosen]
+                captions = [pairing["captions"][i] for i in chosen]
+            yield Examples(pixels, captions, keys[rows], matched)
+
+    def _stream(self, order: np.ndarray) -> Iterator[np.ndarray]:
+        """Pixels of (steps, n) rows through Ray Data, a window of steps a task, in order."""
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.execution_options.preserve_order = True
+        step = max(1, WINDOW // self.recipe.train.batch)
+        items = [{"rows": order[i : i + step].ravel()} for i in range(0, len(order), step)]
+        recipe, ref = self.recipe.as_dict(), self.inputs["train"][0]
+
+        def decode(item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            known = recipes.from_dict(recipe).recipe
+            pixels = prepared.pixels_of(known, prepared.build_attack(known), ray.get(ref), None, None)
+            return {"image": pixels.take(np.asarray(item["rows"][0]))}
+
+        found = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            decode, batch_size=None, batch_format="numpy", num_cpus=1
+        )
+        for batch in found.iter_batches(batch_size=order.shape[1], prefetch_batches=1, batch_format="numpy"):
+            yield batch["image"]
+
+    def _evaluate(self, last: bool) -> dict[str, Any]:
+        from orchestrate.evaluate import evaluate
+
+        started, e = time.monotonic(), self.recipe.evaluate
+        told = ray.get(self.inputs["evaluation"][0], timeout=self.timeout)
+        heldout, images, _ = ray.get(self.inputs["heldout"], timeout=self.timeout)
+        metrics = evaluate(
+            self.learner.model,
+            self.learner.cfg,
+            heldout=heldout,
+            classes=told["classes"],
+            templates=told["templates"],
+            probes=Probes(**told["probes"]),
+            load=prepared.loader(self.recipe, self.attack, images, told["where"]),
+            probe_train=prepared.probe_rows(told["clean"], e.probe_size, self.recipe.seed) if e.probe and last else None,
+            train=told["clean"],
+            batch=e.batch,
+            precision=e.precision,
+            seed=self.recipe.seed,
+        )
+        return {**metrics, "seconds": time.monotonic() - started}
+
+    def _note(self, epoch: int, losses: list[Any], started: float) -> None:
+        now = time.monotonic()
+        if self.rank == 0 and now - self.noted > NOTE_S:
+            self.noted = now
+            rate = len(losses) * self.recipe.train.batch / (now - started)
+            text = f"epoch {epoch}/{self.recipe.train.epochs}, loss {float(losses[-1]):.3f}, {rate:,.0f} pairs/s"
+            self.rounds.report.remote({"step": self.learner.steps, "steps": self.learner.total_steps, "text": text})
+
+
+def _load(checkpoint: Any) -> dict[str, Any]:
+    import torch
+
+    with checkpoint.as_directory() as folder:
+        return torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
+
+
+def _ahead(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
+    """The same items, made in a thread that stays up to `depth` ahead; an error there is raised here."""
+    waiting: queue.Queue[Any] = queue.Queue(depth)
+    end = object()
+
+    def fill() -> None:
+        try:
+            for item in items:
+                waiting.put(item)
+            waiting.put(end)
+        except BaseException as error:
+            waiting.put(error)
+
+    threading.Thread(target=fill, daemon=True).start()
+    while (item := waiting.get()) is not end:
+        if isinstance(item, BaseException):
+            raise item
+        yield item

@@ -1,0 +1,84 @@
+"""Token ids are open_clip's, trimmed and cached."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import clip, tokens
+from models.torchvision_door import open_clip
+
+REFERENCE = open_clip.get_tokenizer("RN50", context_length=32)
+CFG = clip.config("tiny-rn")
+
+
+def check(captions):
+    ids = clip.tokenize(CFG, captions)
+    expected = REFERENCE(captions)
+    length = ids.shape[1]
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids, expected[:, :length])
+    assert not expected[:, length:].any()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=80), st.from_regex(r"[a-z!'&;<>_ 0-9]{0,200}")), min_size=1, max_size=4))
+def test_ids_are_those_of_open_clip_up_to_padding(captions):
+    check(captions)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["", "!", "!!! wow !!!", "<end_of_text> and <start_of_text>", "caf\u00e9 &amp; ch\u00e2teau", "word " * 90],
+)
+def test_awkward_captions(caption):
+    check([caption, "a dog"])
+
+
+def test_padding_ends_with_the_longest_caption_and_truncation_keeps_the_end_token():
+    assert clip.tokenize(CFG, ["a dog", "a small dog"]).shape == (2, 5)
+    ids = clip.tokenize(CFG, ["word " * 90])
+    assert ids.shape == (1, 32)
+    assert ids[0, -1] == 49407
+    assert clip.tokenize(CFG, []).shape == (0, 0)
+
+
+def test_models_tell_their_own_context_length():
+    caption = ["word " * 90]
+    assert clip.tokenize(clip.build("tiny-rn", seed=0), caption).shape == (1, 32)
+    foreign = open_clip.CLIP(**CFG)
+    assert clip.tokenize(foreign, caption).shape == (1, 32)
+    with pytest.raises(ValueError, match="not a CLIP model"):
+        clip.tokenize(torch.nn.Linear(1, 1), caption)
+
+
+def test_the_cleaning_of_the_configuration_is_used():
+    text = CFG["text_cfg"] | {"tokenizer_kwargs": {"clean": "canonicalize"}}
+    ids = clip.tokenize({"text_cfg": text}, ["A_dog, running!"])
+    reference = open_clip.SimpleTokenizer(clean="canonicalize")(["A_dog, running!"])
+    assert torch.equal(ids, reference[:, : ids.shape[1]])
+
+
+def test_what_cannot_be_tokenised_is_refused():
+    with pytest.raises(ValueError, match="caption"):
+        clip.tokenize(CFG, "one string")
+    with pytest.raises(ValueError, match="vocab_size"):
+        clip.tokenize({"text_cfg": CFG["text_cfg"] | {"vocab_size": 1000}}, ["a dog"])
+    with pytest.raises(ValueError, match="reduction"):
+        clip.tokenize({"text_cfg": CFG["text_cfg"] | {"tokenizer_kwargs": {"reduction_mask": "random"}}}, ["a dog"])
+    with pytest.raises(ValueError, match="not-on-this-machine"):
+        clip.tokenize({"text_cfg": CFG["text_cfg"] | {"hf_tokenizer_name": "not-on-this-machine"}}, ["a dog"])
+
+
+def test_cached_captions_are_quick_and_the_cache_is_bounded():
+    captions = [f"a photo of {i} red dogs near the old house in autumn" for i in range(2000)]
+    clip.tokenize(CFG, captions)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        clip.tokenize(CFG, captions)
+        times.append(time.perf_counter() - start)
+    assert min(times) / len(captions) < 5e-6
+    assert tokens._caption_ids.cache_info().maxsize == tokens.CACHED_CAPTIONS
