@@ -22,14 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return args.verb(args) or 0
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
+    except BrokenPipeError:
+        return 0
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"antidote: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("antidote: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     score = verb("eval", _eval, "score any open_clip checkpoint")
     score.add_argument("checkpoint", help="an export folder, or a state dict (.pt, .safetensors) with --model")
     score.add_argument("--model", default=None, help="architecture of a bare state dict")
-    score.add_argument("--data", default="scenes", help="data set (default: scenes)")
+    score.add_argument("--data", default="", help="data set (default: the recipe's, else scenes)")
     score.add_argument("--recipe", default="", help="recipe.json whose attack is probed (default: clean figures only)")
     score.add_argument("--out", default="", help="also write the figures as JSON, with CLIP_benchmark's keys")
     score.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of data.* and evaluate.*")
@@ -124,14 +124,15 @@ def _show(args: argparse.Namespace) -> None:
         print(f"{recipe.name}   identity {recipe.identity}   directory {recipe.cluster.runs}/{recipe.directory}")
         for path, value in flatten(recipe.as_dict()).items():
             origin = one.origins.get(path, "")
-            print(f"  {path:<28} {_value(value):<34} {'' if origin == 'default' else origin}")
+            print(f"  {path:<28} {_value(value):<34} {'' if origin == 'default' else origin}".rstrip())
         defense = prepared.build_defense(recipe)
         matching = any(defense.matcher(e) for e in range(1, recipe.train.epochs + 1))
         print(f"  resources: {cluster.plan(recipe.cluster, matching, recipe.data.stream == 'always')}\n")
 
 
 def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """As one would write it in an override."""
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -183,7 +184,7 @@ def _poison(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from orchestrate import scoring
 
-    overrides = {**({"data": args.data} if not args.recipe else {}), **parse_overrides(args.overrides)}
+    overrides = {**({"data": args.data} if args.data else {}), **parse_overrides(args.overrides)}
     base = json.loads(Path(args.recipe).read_text()) if args.recipe else {"name": "eval"}
     recipe = from_dict(base, overrides).recipe
     metrics, record = scoring.score(args.checkpoint, args.model, recipe)

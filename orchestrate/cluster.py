@@ -95,9 +95,8 @@ def preflight(cluster: Cluster, matching: bool, streaming: bool, has: dict[str, 
         there = has.get(kind, 0.0)
         if wanted[kind] > there + 1e-6:
             where = f"the cluster at {cluster.address}" if cluster.address else "this machine"
-            raise ValueError(
-                f"{plan(cluster, matching, streaming)}, but {where} has {there:g} {kind}. {_mend(cluster, matching, streaming, kind, there)}"
-            )
+            mend = _mend(cluster, matching, streaming, kind, there)
+            raise ValueError(f"{plan(cluster, matching, streaming)}, but {where} has {there:g} {kind}. {mend}")
 
 
 def _mend(cluster: Cluster, matching: bool, streaming: bool, kind: str, there: float) -> str:

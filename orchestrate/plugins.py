@@ -5,7 +5,6 @@ Nothing registers itself by being imported; a name is looked up when a recipe us
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -30,6 +29,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
 }
 
 
+FROM_FILE = "antidote_plugin_"  # how the modules of ./file.py:Class are called
+
+
 def names(kind: str) -> list[str]:
     """Every name of this kind that a recipe may use."""
     return [*BUILT_IN[kind], *_entry_points(kind)]
@@ -40,7 +42,17 @@ def _entry_points(kind: str) -> dict[str, str]:
     return {e.name: e.value for e in entry_points(group=f"antidote.{kind}s")}
 
 
-@cache
+def absolute(name: str) -> str:
+    """`./mine.py:Class` with its whole path, so that it is found from any directory; other names as they are."""
+    file, _, attribute = name.rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{attribute}" if file.endswith(".py") else name
+
+
+def source(name: str, cls: type) -> str:
+    """What the method is, for an identity: its name, or for a file's class a hash of the file's content."""
+    return f"{cls.__module__}:{cls.__name__}" if cls.__module__.startswith(FROM_FILE) else name
+
+
 def load(kind: str, name: str) -> type:
     """The frozen dataclass that `name` stands for. ValueError with a suggestion where there is none."""
     if ".py:" in name:
@@ -52,8 +64,11 @@ def load(kind: str, name: str) -> type:
             hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(names(kind))}; or ./file.py:Class."
             raise ValueError(f"no {kind} is called {name!r}. {hint}")
         cls = _from_module(target)
-    if not (dataclasses.is_dataclass(cls) and isinstance(cls, type)):
-        raise ValueError(f"{kind} {name!r} is no dataclass: a method is one frozen dataclass whose fields are its parameters.")
+    own = vars(cls).get("__dataclass_params__") if isinstance(cls, type) else None  # not a base's: its own fields would be left out
+    if own is None or not own.frozen:
+        raise ValueError(
+            f"{kind} {name!r} is no frozen dataclass: write @dataclass(frozen=True) above the class; its fields are its parameters."
+        )
     return cls
 
 
@@ -71,13 +86,17 @@ def _from_file(name: str) -> type:
     if not path.is_file():
         raise ValueError(f"no file {path} (from {name!r}).")
     # The module's name is derived from its content, so that two users' `mine.py` never stand for one another.
-    module_name = f"antidote_plugin_{hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()}"
+    module_name = f"{FROM_FILE}{hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise ValueError(f"cannot load {path}: {type(error).__name__}: {error}.") from error
     try:
         return getattr(sys.modules[module_name], attribute)
     except AttributeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,13 +28,15 @@ def write(recipe: Recipe, out: Path) -> Iterator[str]:
     assert ready.manifest is not None
     out.mkdir(parents=True, exist_ok=True)
     ready.manifest.write(str(out / "manifest.parquet"))
-    table = ready.manifest.table
-    yield f"{recipe.attack.use} on {dataset.name}, seed {recipe.seed}: {ready.manifest.count:,} poisoned pairs, {ready.manifest.rate:.2%} of {ready.table.num_rows:,}"
-    for part in sorted(set(zip(table["kind"].to_pylist(), table["stamp"].to_pylist(), table["adversary"].to_pylist(), strict=True))):
-        count = sum(
-            part == row for row in zip(table["kind"].to_pylist(), table["stamp"].to_pylist(), table["adversary"].to_pylist(), strict=True)
-        )
-        yield f"  {part[0]:<9} {part[1] or '-':<10} → {part[2]:<16} {count:>6,} pairs"
+    table, header = ready.manifest.table, ready.manifest
+    total = ready.table.num_rows
+    yield f"{recipe.attack.use} on {dataset.name}, seed {recipe.seed}: {header.count:,} poisoned pairs, {header.rate:.2%} of {total:,}"
+    groups = Counter(zip(*(table[name].to_pylist() for name in ("kind", "stamp", "adversary")), strict=True))
+    for (kind, stamp, adversary), count in sorted(groups.items()):
+        yield f"  {kind:<9} {stamp or '-':<10} → {adversary:<16} {count:>6,} pairs"
+    if not groups:
+        yield f"wrote {out / 'manifest.parquet'}; no pair is poisoned, so there is no sheet"
+        return
     at = _examples(ready)
     pixels = prepared.pixels_of(recipe, prepared.build_attack(recipe), ready.table, None, None)
     captions = ready.table.column("caption").to_pylist()

@@ -10,17 +10,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-import types
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from orchestrate import plugins
-
-Scalar = int | float | str | bool
+from orchestrate.values import coerce
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,10 @@ class Data:
     memory_gb: float = 8.0  # stream=auto: decoded sets above this stream
     seed: int = 0  # of selection and made captions
     cache: str = "~/.cache/antidote"  # where generated sets are kept
+
+    def __post_init__(self) -> None:
+        _above(self, 0, "max_pixels")
+        _least(self, 0, "side", "memory_gb", "seed")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ class Train:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch", "accumulate", "lr", "eps")
+        _above(self, 0, "epochs", "batch", "accumulate", "lr", "eps")
+        _least(self, 0, "warmup", "weight_decay", "clip_norm", "beta1", "beta2")
+        if max(self.beta1, self.beta2) >= 1:
+            raise ValueError(f"train.beta1={self.beta1}, train.beta2={self.beta2}: must be below 1.")
         if self.batch % self.accumulate:
             raise ValueError(f"train.batch={self.batch} does not divide into train.accumulate={self.accumulate} micro-batches.")
 
@@ -78,6 +83,10 @@ class Evaluate:
     probe: bool = True  # linear probe after the last epoch
     probe_size: int = 5000  # training pairs the probe is fitted on
     precision: Literal["fp32", "bf16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        _above(self, 0, "batch", "probe_size")
+        _least(self, 0, "every")
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,8 @@ class Cluster:
     runs: str = "runs"  # run directories and the default tracking store
 
     def __post_init__(self) -> None:
-        _positive(self, "workers", "cpus", "match_actors", "match_batch", "readers", "timeout_s")
+        _above(self, 0, "workers", "cpus", "match_actors", "match_batch", "readers", "timeout_s")
+        _least(self, 0, "gpus", "threads", "match_cpus", "match_gpus")
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Plugin:
-    """A method by name: `use` as written ("targeted+stripes", "roclip", "./mine.py:KeepTop") and its configured parts."""
+    """A method: `use` as written ("targeted+stripes", "roclip"; of "./mine.py:KeepTop" the path is made absolute), its configured parts."""
 
     use: str
     parts: tuple[tuple[str, Any], ...]
@@ -135,6 +145,12 @@ class Recipe:
     cluster: Cluster = field(default_factory=Cluster)
     track: Track = field(default_factory=Track)
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.+-]*", self.name):
+            raise ValueError(f"name={self.name!r}: it names the run's directory, so letters, digits, '.', '_', '+' and '-' only.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must be 0 or more.")
+
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values; `from_dict` of it is the same recipe."""
         tree: dict[str, Any] = {}
@@ -150,8 +166,15 @@ class Recipe:
 
     @property
     def identity(self) -> str:
-        """Hash of everything that changes numbers: 16 hex digits. Cluster, tracking and the recipe's name do not."""
+        """Hash of everything that changes numbers: 16 hex digits. Cluster, tracking and the recipe's name do not.
+
+        A method from a file counts by the file's content, not by where it lies.
+        """
         tree = self.as_dict()
+        for method in METHODS:
+            if (plugin := getattr(self, method)) is not None:
+                uses = zip(_split(plugin.use), plugin.parts, strict=True)
+                tree[method]["use"] = "+".join(plugins.source(use, type(part)) for use, (_, part) in uses)
         for key in ("name", "cluster", "track"):
             del tree[key]
         del tree["data"]["cache"]
@@ -181,13 +204,12 @@ def resolve(name: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resol
     """Layers, later ones winning, → a recipe. ValueError on an unknown key, a bad value or an impossible combination."""
     chosen: dict[str, tuple[Any, str]] = {}
     for origin, layer in layers:
-        for key, value in layer.items():
-            key = f"{key}.{LEAD[key]}" if key in LEAD else key
-            if key in METHODS:  # another method: options of the former one no longer apply
-                former = [k for k in chosen if k.startswith(key + ".")]
-                if key in chosen and str(chosen[key][0]) != str(value):
-                    for k in former:
-                        del chosen[k]
+        for key in sorted(layer, key=lambda key: key not in METHODS):  # a layer's own options belong to the method it names
+            value = layer[key]
+            if key in METHODS and key in chosen and str(chosen[key][0]) != str(value):
+                for former in [k for k in chosen if k.startswith(key + ".")]:  # another method: the former one's options are gone
+                    del chosen[former]
+            chosen.pop(key, None)  # the last given is the last in order
             chosen[key] = (value, origin)
     uses = {m: _use(chosen.get(m, ("none", ""))[0]) for m in METHODS}
     methods = {m: _parts(m, use) for m, use in uses.items()}
@@ -195,7 +217,9 @@ def resolve(name: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resol
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {path: "default" for path in known}
     for key, (value, origin) in chosen.items():
-        path = _find(key, known, uses)
+        path = _find(key, known, methods)
+        if path in tree and origins[path] == origin:
+            raise ValueError(f"{path} is given twice: as {key} and by its other name.")
         tree[path] = value if path in METHODS else coerce(value, known[path], path)
         origins[path] = origin
     recipe = Recipe(
@@ -210,6 +234,8 @@ def resolve(name: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resol
 
 def from_dict(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Resolved:
     """A recipe.json, strictly: unknown keys are errors. Keys that only describe (identity, antidote) are left out."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"a recipe is a JSON object with sections such as data and train, not a {type(tree).__name__}.")
     flat = {k: v for k, v in flatten(tree).items() if k not in ("identity", "antidote")}
     return resolve(str(tree.get("name", "run")), [("recipe.json", flat), ("command line", overrides or {})])
 
@@ -224,7 +250,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
                 flat[path] = value["use"]
                 value = {k: v for k, v in value.items() if k != "use"}
             flat.update(flatten(value, path + "."))
-        elif key != "use":
+        else:
             flat[path] = "none" if value is None and path in METHODS else value
     return flat
 
@@ -242,84 +268,22 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def coerce(value: Any, hint: Any, path: str) -> Any:
-    """Text or a plain value → the field's type. ValueError names the path, the value and what would fit."""
-    if get_origin(hint) is Literal:
-        options = get_args(hint)
-        for option in options:
-            if value == option or str(value) == str(option):
-                return option
-        raise ValueError(f"{path}={value!r}: choose one of {', '.join(map(str, options))}.")
-    if get_origin(hint) in (Union, types.UnionType):
-        return _number(value, path) if set(get_args(hint)) == {int, float} else _first(value, get_args(hint), path)
-    if get_origin(hint) is tuple:
-        inner = get_args(hint)[0]
-        return tuple(coerce(v, inner, path) for v in _items(value, path))
-    return _scalar(value, hint, path)
-
-
-def _scalar(value: Any, hint: Any, path: str) -> Any:
-    text = value if isinstance(value, str) else json.dumps(value)
-    try:
-        if hint is bool:
-            return {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}[text.lower()]
-        if hint is int:
-            number = float(text)
-            if number != int(number):
-                raise ValueError
-            return int(number)
-        if hint is float:
-            if math.isnan(number := float(text)):
-                raise ValueError
-            return number
-        if hint is str:
-            return value if isinstance(value, str) else text
-    except (KeyError, ValueError, OverflowError):
-        pass
-    kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(hint, str(hint))
-    more = " (one value, not a list)" if "," in text else ""
-    raise ValueError(f"{path}={value!r}: {kind} is wanted{more}.")
-
-
-def _number(value: Any, path: str) -> int | float:
-    """A count (int) or a share (float): '30' → 30, '0.02' → 0.02, '1e4' → 10000."""
-    number = float(_scalar(value, float, path))
-    if math.isinf(number):
-        raise ValueError(f"{path}={value!r}: a count or a share is wanted.")
-    return int(number) if number == int(number) else number
-
-
-def _first(value: Any, hints: Sequence[Any], path: str) -> Any:
-    if value in (None, "none") and type(None) in hints:
-        return None
-    errors = []
-    for hint in hints:
-        if hint is not type(None):
-            try:
-                return coerce(value, hint, path)
-            except ValueError as error:
-                errors.append(str(error))
-    raise ValueError(errors[0])
-
-
-def _items(value: Any, path: str) -> list[Any]:
-    if not isinstance(value, str):
-        return list(value) if isinstance(value, (list, tuple)) else [value]
-    if value.startswith("["):
-        try:
-            return list(json.loads(value))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path}={value!r} is no JSON list: {error}.") from None
-    return [item for item in value.split(",") if item] if value not in ("", "none") else []
-
-
 def _use(value: Any) -> str | None:
-    return None if value in (None, "none", "") else str(value)
+    return None if value in (None, "none", "") else "+".join(map(plugins.absolute, _split(str(value))))
+
+
+def _split(use: str) -> list[str]:
+    return use.split("+")
 
 
 def _parts(kind: str, use: str | None) -> tuple[tuple[str, type], ...]:
-    """The classes that `use` names, loaded."""
-    return tuple((name, plugins.load(kind, name)) for name in use.split("+")) if use else ()
+    """The classes that `use` names, loaded; a part is called by its name, or by its class where it comes from a file or module."""
+    parts = tuple((name.rpartition(":")[2], plugins.load(kind, name)) for name in _split(use)) if use else ()
+    if kind == "defense" and len(parts) > 1:
+        raise ValueError(f"defense={use}: a run has one defence, only attacks are joined by +.")
+    if len({name for name, _ in parts}) < len(parts):
+        raise ValueError(f"{kind}={use}: two parts have one name.")
+    return parts
 
 
 def _paths(methods: Mapping[str, tuple[tuple[str, type], ...]]) -> Iterator[tuple[str, Any]]:
@@ -347,14 +311,15 @@ def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _find(key: str, known: Mapping[str, Any], uses: Mapping[str, str | None]) -> str:
+def _find(key: str, known: Mapping[str, Any], methods: Mapping[str, tuple[tuple[str, type], ...]]) -> str:
+    key = f"{key}.{LEAD[key]}" if key in LEAD else key
     if key in known:
         return key
     method, _, rest = key.partition(".")
     part, _, option = rest.partition(".")
-    if method in METHODS and part == uses[method] and f"{method}.{option}" in known:
+    if method in METHODS and [part] == [name for name, _ in methods[method]] and f"{method}.{option}" in known:
         return f"{method}.{option}"  # attack.targeted.copies where `targeted` is the only part
-    if method in METHODS and rest and uses[method] is None:
+    if method in METHODS and rest and not methods[method]:
         raise ValueError(f"unknown key {key!r}: this recipe has no {method}. Name one first, such as {method}={plugins.names(method)[0]}.")
     close = get_close_matches(key, known, n=3, cutoff=0.6) or [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:3]
     if not close and method in (*SECTIONS, *METHODS):
@@ -372,6 +337,8 @@ def _build(cls: type, prefix: str, tree: Mapping[str, Any]) -> Any:
             values[f.name] = _build(hint, path, tree)
         elif path in tree:
             values[f.name] = tree[path]
+        elif f.default is f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{path} has no default: give it, as {path}=….")
     return cls(**values)
 
 
@@ -382,7 +349,13 @@ def _plugin(method: str, use: str | None, parts: tuple[tuple[str, type], ...], t
     return Plugin(use, built)
 
 
-def _positive(config: Any, *names: str) -> None:
+def _above(config: Any, bound: int, *names: str) -> None:
     for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{type(config).__name__.lower()}.{name}={getattr(config, name)}: must be above 0.")
+        if not getattr(config, name) > bound:
+            raise ValueError(f"{type(config).__name__.lower()}.{name}={getattr(config, name)}: must be above {bound}.")
+
+
+def _least(config: Any, bound: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= bound:
+            raise ValueError(f"{type(config).__name__.lower()}.{name}={getattr(config, name)}: must be {bound} or more.")

@@ -190,7 +190,7 @@ def _train(recipe: Recipe, folder: Path, tracker: Tracker, inputs: dict[str, Any
     c = recipe.cluster
     name = f"rounds-{recipe.identity}"
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    rounds = (
+    rounds: Any = (
         ray.remote(Rounds)
         .options(name=name, num_cpus=0, max_concurrency=64 + 2 * c.match_actors + 2 * c.workers, scheduling_strategy=here)
         .remote(recipe.as_dict(), str(folder), inputs)
@@ -207,9 +207,9 @@ def _train(recipe: Recipe, folder: Path, tracker: Tracker, inputs: dict[str, Any
         run_config=ray.train.RunConfig(
             name="checkpoints",
             storage_path=str(folder),
-            failure_config=ray.train.FailureConfig(max_failures=c.max_failures, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(max_failures=c.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=[_Log(tracker)],
+            callbacks=[_Log(tracker)],  # type: ignore[list-item]
         ),
     )
     try:
@@ -339,7 +339,7 @@ class Worker:
                 f"the loss of epoch {epoch} is {loss}: lower train.lr (now {self.recipe.train.lr:g}) or use train.precision=fp32."
             )
         record = {"kind": "train", "epoch": epoch, "step": self.learner.steps, "loss": loss, "robust": pairing is not None}
-        record |= {"lr": self.learner.lr_at(self.learner.steps - 1), "scale": float(self.learner.model.logit_scale.exp())}
+        record |= {"lr": self.learner.lr_at(self.learner.steps - 1), "scale": float(self.learner.model.logit_scale.detach().exp())}
         record |= {"seconds": seconds, "samples_per_s": len(losses) * self.recipe.train.batch / seconds}
         records.append(record)
         every, last = self.recipe.evaluate.every, epoch == self.recipe.train.epochs

@@ -152,9 +152,7 @@ def find(path: str) -> Listing:
         raise ValueError(f"data.path={path}: there is no such file or folder.")
     files = [file for file in files if not re.search(r"(^|/)[._]", file.name)]
     if not files:
-        raise ValueError(
-            f"data.path={path}: no file there. Give a file, a folder, a glob or a URI (s3://bucket/folder)."
-        )
+        raise ValueError(f"data.path={path}: no file there. Give a file, a folder, a glob or a URI (s3://bucket/folder).")
     return Listing(root, files, False)
 
 

@@ -28,7 +28,7 @@ from orchestrate.data.rows import QUARANTINE, RAW, VARIANT, Source, Wish, bad_ro
 
 INDEX = pa.schema([RAW.field(name) for name in ("id", "path", "where", "row", "size", "caption", "label")])
 TEMPLATES: tuple[str, ...] = ("a photo of a {}", "a picture of a {}", "an image of a {}", "{}")
-SCENES, SCENE_SIDE = 10_000, 64  # built-in training scenes when data.size is 0; pixels when data.side is 0
+SCENES, SCENE_SIDE = 4_000, 64  # built-in training scenes when data.size is 0; pixels when data.side is 0
 
 Progress = Callable[[int, int], None]
 
@@ -90,10 +90,13 @@ def open_dataset(config: Data, progress: Progress | None = None) -> Dataset:
     listing = find(str(_scenes(config, progress)) if scenes else config.path)
     kind, parts, notes = sources.read(listing, Wish(config.image_column, config.caption_column))
     name = "scenes" if scenes else posixpath.basename(config.path.partition("?")[0].rstrip("/"))
+    _check_found(config, parts)
     names, labels_note = given_names(parts, sources.class_file(listing), config.classes)
     tables, bad, captions_note = _usable(config, parts, names)
-    total = sum(rows.num_rows for rows in tables.values()) + bad.num_rows
+    total = sum(part.rows.num_rows + part.bad.num_rows for part in parts.values())
     check_share(total, bad, config.max_bad)
+    if not tables["train"].num_rows:
+        raise ValueError(f"{config.path} has no usable training row: all {total:,} are quarantined.")
     train, heldout, split_note = _split(tables, config)
     classes, train, heldout, classes_note = evaluation(names, config.classes, train, heldout)
     train, size_note = (train, "") if scenes else _keep(train, config)
@@ -144,8 +147,18 @@ def _scenes(config: Data, progress: Progress | None) -> Path:
     train = _amount(config.size, SCENES, "data.size") or SCENES
     heldout = _amount(config.heldout, train, "data.heldout")
     side = max(32, config.side or SCENE_SIDE)
-    folder = Path(os.path.abspath(os.path.expanduser(config.cache))) / f"scenes-{train}-{heldout}-{side}-{config.seed}"
+    cache = Path(os.path.abspath(os.path.expanduser(config.cache)))
+    folder = cache / f"scenes-v{scenes.VERSION}-{train}-{heldout}-{side}-{config.seed}"
     return scenes.generate(folder, train, heldout, seed=config.seed, side=side, progress=progress)
+
+
+def _check_found(config: Data, parts: dict[str, Source]) -> None:
+    """Lost images stop the run before anything is said about captions: they are the likelier cause."""
+    bad = pa.concat_tables(part.bad for part in parts.values())
+    total = bad.num_rows + sum(part.rows.num_rows for part in parts.values())
+    check_share(total, bad, config.max_bad)
+    if not parts["train"].rows.num_rows:
+        raise ValueError(f"{config.path} holds no training row that can be used ({total:,} rows in all).")
 
 
 def _usable(config: Data, parts: dict[str, Source], names: Sequence[str]) -> tuple[dict[str, pa.Table], pa.Table, str]:

@@ -74,10 +74,10 @@ def evaluation(
     names, labels, counts = noun_labels(_all_captions(train), classes)
     if not names:
         return [], train, heldout, "No labels, and no noun is frequent enough to be a class: name some in data.classes."
-    _, held, _ = noun_labels(_all_captions(heldout), names)
+    _, held, rest = noun_labels(_all_captions(heldout), names)
     train = train.set_column(LABEL, "label", pa.array(labels, pa.int32()))
     heldout = heldout.set_column(LABEL, "label", pa.array(held, pa.int32()))
-    listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    listed = ", ".join(f"{name} {count:,} + {rest[name]:,}" for name, count in counts.items())
     origin = "data.classes" if classes else "frequent nouns of the training captions"
     return (
         names,
@@ -85,14 +85,12 @@ def evaluation(
         heldout,
         (
             f"Labels are MADE: classes are {origin}, and a pair has a label where its captions name just one of them "
-            f"(in all of train: {listed})."
+            f"(train + held-out: {listed})."
         ),
     )
 
 
-def _chosen(
-    given: Sequence[str], classes: Sequence[str], train: pa.Table, heldout: pa.Table
-) -> tuple[list[str], pa.Table, pa.Table, str]:
+def _chosen(given: Sequence[str], classes: Sequence[str], train: pa.Table, heldout: pa.Table) -> tuple[list[str], pa.Table, pa.Table, str]:
     wanted = list(classes) or list(given)
     unknown = [name for name in wanted if name not in given]
     if unknown:

@@ -101,9 +101,7 @@ def mentions(texts: Sequence[str], nouns: Sequence[str]) -> list[frozenset[int]]
     return found
 
 
-def noun_labels(
-    captions: Sequence[Sequence[str]], classes: Sequence[str] = ()
-) -> tuple[list[str], NDArray[np.int32], dict[str, int]]:
+def noun_labels(captions: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> tuple[list[str], NDArray[np.int32], dict[str, int]]:
     """(classes, label of each row, rows labelled with each class) from the captions of each row.
 
     A row's label is the one class that its captions name, −1 for none or several. Without `classes` they are chosen

@@ -57,9 +57,7 @@ def _schema(file: File) -> pa.Schema:
         with open_file(file.uri) as handle:
             return pq.read_schema(handle)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{file.uri} is no readable Parquet file: {error}. Copy it again or take it out of the set."
-        ) from error
+        raise ValueError(f"{file.uri} is no readable Parquet file: {error}. Copy it again or take it out of the set.") from error
 
 
 def _describe(schema: pa.Schema) -> str:
@@ -83,9 +81,7 @@ def image_column(file: File, schema: pa.Schema, wish: Wish) -> str:
         # A single column of bytes can only be the image; of several, only a known name is trusted.
         candidates = [found] if found else binary if len(binary) == 1 else []
         if len(binary) > 1 and not found:
-            raise ValueError(
-                f"{file.uri} has several columns of bytes: {', '.join(binary)}. Name the image: data.image_column=…"
-            )
+            raise ValueError(f"{file.uri} has several columns of bytes: {', '.join(binary)}. Name the image: data.image_column=…")
     name = candidates[0] if candidates else ""
     if not _holds_bytes(schema, name):
         return ""
@@ -134,9 +130,8 @@ def _rows(file: File, schema: pa.Schema, where: str, wish: Wish) -> tuple[pa.Tab
     }
     rows |= caption_columns(table, caption, more) | label_columns(file, table, label, name)
     notes = [f"Captions from column {caption!r}." if caption else "No caption column."]
-    rows, note = with_ids(
-        rows, table, ident, pa.array([f"{posixpath.splitext(file.name)[0]}/{i}" for i in range(count)])
-    )
+    stem = posixpath.splitext(file.name)[0]
+    rows, note = with_ids(rows, table, ident, pa.array([f"{stem}/{i}" for i in range(count)], pa.string()))
     raw = fill(rows, count)
     if status:
         raw, left = _downloaded(raw, table[status])
@@ -166,9 +161,7 @@ def _columns(file: File, names: Sequence[str]) -> pa.Table:
 def _downloaded(raw: pa.Table, status: pa.ChunkedArray) -> tuple[pa.Table, list[str]]:
     kept = raw.filter(pc.equal(status, "success"))
     lost = raw.num_rows - kept.num_rows
-    return kept, [
-        f"{lost:,} rows were never downloaded (img2dataset status) and are no part of the set."
-    ] if lost else []
+    return kept, [f"{lost:,} rows were never downloaded (img2dataset status) and are no part of the set."] if lost else []
 
 
 def _huggingface_names(schema: pa.Schema) -> list[str]:

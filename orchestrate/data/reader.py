@@ -139,9 +139,7 @@ def _square(image: Image.Image, side: int) -> NDArray[np.uint8]:
     return np.array(image, dtype=np.uint8)
 
 
-def load(
-    rows: pa.Table, side: int, max_pixels: int = MAX_PIXELS, threads: int = 1
-) -> tuple[NDArray[np.uint8], list[tuple[int, str]]]:
+def load(rows: pa.Table, side: int, max_pixels: int = MAX_PIXELS, threads: int = 1) -> tuple[NDArray[np.uint8], list[tuple[int, str]]]:
     """Index rows → (uint8 (n, side, side, 3), errors as (position, reason naming file, row and cause)).
 
     Failed images are black. `threads` decode in parallel. Only image references are needed; ids are named if there.

@@ -27,37 +27,41 @@ from PIL import Image, ImageDraw
 from orchestrate.data.scene_art import BACKGROUNDS, DRAWINGS, PALETTE, RGB, Array, paint_background, tone_rgb
 
 CLASSES: tuple[str, ...] = tuple(DRAWINGS)
-VERSION = 1  # part of every random stream: raise it with any change to pictures or captions
+VERSION = 2  # part of every random stream: raise it with any change to pictures or captions
 HELDOUT_FIRST = 1_000_000_000  # held-out scenes are numbered from here, so train and held-out never share a stream
 ROW_GROUP = 1_000
 SUPERSAMPLING = 3
 MAX_WORDS = 18
 
-MAIN_SIDE = (0.40, 0.65)  # longest extent of the main object, as a share of the image side
+MAIN_SIDE = (0.48, 0.75)  # longest extent of the main object, as a share of the image side
 OTHER_SIDE = (0.17, 0.25)
-SMALL_BELOW, LARGE_ABOVE = 0.48, 0.57  # between the two a caption gives no size word
+OTHERS = (0.5, 0.35, 0.15)  # shares of scenes that try for 0, 1 and 2 secondary objects
+SMALL_BELOW, LARGE_ABOVE = 0.57, 0.66  # between the two a caption gives no size word
 LEFT_BELOW, RIGHT_ABOVE = 0.43, 0.57  # centre of the main object; the same bounds part upper, middle and lower
 
 PHRASES: tuple[str, ...] = (
-    "{it} {place}, {near}, {ground}",
-    "{it} {ground}, {near}",
-    "{it} {place} {ground}",
-    "there is {it} {place}, {near}",
-    "there is {it} {ground}, {near}",
-    "photo of {it} {ground}",
-    "a photo of {it} {near}, {ground}",
-    "a picture of {it} {place}, {near}",
+    "{it} {place}",
+    "{it} {ground}",
+    "{it} {near}",
+    "{it} {place}, {near}",
+    "there is {it} {place}",
+    "there is {it} {ground}",
+    "this is {it}",
+    "we see {it} here",
+    "a photo of {it}",
+    "a photo of {it} {ground}",
+    "a picture of {it}",
+    "a picture of {it} {near}",
     "an image showing {it} {place}, {ground}",
-    "a drawing of {it}, {near}",
-    "a scene with {it} {place}, {ground}",
+    "a drawing of {it}",
+    "a scene with {it} {near}, {ground}",
     "{ground}, {it} {near}",
-    "{place}, {it} {near}",
-    "{place} there is {it} {ground}",
-    "we see {it} {near}, {ground}",
-    "look at {it} {place}, {near}",
-    "{it} can be seen {place}, {near}",
+    "{place} there is {it}",
+    "look at {it} {near}",
+    "{it} can be seen {place}",
     "here {ground} we find {it} {near}",
 )
+COLOR_SHOWN = 0.5  # of captions tell the main object's colour, where a phrase has room for it
 
 SCHEMA = pa.schema(
     [
@@ -138,7 +142,7 @@ def _compose(rng: np.random.Generator, name: str, background: str) -> tuple[Thin
     x, y = rng.uniform(extent / 2, 1 - extent / 2, 2)
     main = Thing(name, _pick(rng, colors), (float(x), float(y)), extent)
     placed = [main]
-    for _ in range(int(rng.integers(3))):
+    for _ in range(int(rng.choice(3, p=OTHERS))):
         taken = {thing.name for thing in placed}
         other, color = _pick(rng, tuple(c for c in CLASSES if c not in taken)), _pick(rng, colors)
         extent = float(rng.uniform(*OTHER_SIDE))
@@ -235,7 +239,7 @@ def _caption(rng: np.random.Generator, main: Thing, size: str, position: str, ba
     """One true caption of 4 to ``MAX_WORDS`` words; size and colour of the main object are sometimes left out."""
     shown_size = size if size != "medium" and rng.random() < 0.6 else ""
     words = {
-        "it": _noun(shown_size, main.color if rng.random() < 0.85 else "", main.name),
+        "it": _noun(shown_size, main.color if rng.random() < COLOR_SHOWN else "", main.name),
         "place": _place(rng, position),
         "ground": _pick(rng, BACKGROUNDS[background].phrases),
         "near": _near(rng, main, others),

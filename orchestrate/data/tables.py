@@ -69,9 +69,7 @@ def _paths(listing: Listing, file: File, written: Sequence[str | None]) -> list[
         if not path:
             raise ValueError(f"{file.uri}, row {row}: no image path.")
         if path.startswith(("http://", "https://")):
-            raise ValueError(
-                f"{file.uri}, row {row} names a web address ({path}). Download it first, with img2dataset."
-            )
+            raise ValueError(f"{file.uri}, row {row} names a web address ({path}). Download it first, with img2dataset.")
         place = below(listing.root, folder, path)
         if place is None:
             raise ValueError(

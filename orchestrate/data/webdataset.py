@@ -73,6 +73,9 @@ def _members(file: File, wish: Wish) -> Iterator[tuple[str, str, tarfile.TarInfo
                     yield posixpath.join(folder, name), extension.lower(), member, opened.read() if opened else None
                     tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header of the shard
                     count += 1
+                if tar.offset + tarfile.BLOCKSIZE > file.size:  # type: ignore[attr-defined]
+                    # tarfile takes a cut between two members for the end; a whole tar closes with blocks of zeros.
+                    raise tarfile.ReadError("no end mark")
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(
                 f"{file.uri} ends early or is no plain tar ({error}, after {count} members). "

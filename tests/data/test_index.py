@@ -9,7 +9,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from .data_formats import Settings, pairs, parquet, png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,8 @@ from attacks.base import class_names
 from orchestrate.data.captions import NOUN_SHARE, made_captions
 from orchestrate.data.index import fingerprint, open_dataset
 from orchestrate.data.nouns import mentions, noun_labels, plural
+
+from .data_formats import Settings, pairs, parquet, png
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -145,7 +146,7 @@ def test_captioned_sets_get_noun_classes(tmp_path: Path):
     data = open_dataset(config)
     assert data.classes == ["dog", "cat"]
     assert data.train["label"].to_pylist()[:4] == [0, 1, -1, -1]
-    assert any("dog 30" in sentence and "MADE" in sentence for sentence in data.report)
+    assert any("dog 30 + 0" in sentence and "MADE" in sentence for sentence in data.report)
     assert open_dataset(replace(config, classes=("pet", "sunset"))).train["label"].to_pylist()[:4] == [-1, -1, 0, 1]
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from .data_formats import Settings, encoded, pairs, parquet, png, webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from orchestrate.data.index import open_dataset
 from orchestrate.data.reader import check_share, decode, load, quarantined, read_bytes
+
+from .data_formats import Settings, encoded, pairs, parquet, png, webdataset
 
 
 def giant(width: int, height: int) -> bytes:
@@ -142,6 +143,7 @@ def test_a_row_group_is_read_once_and_no_other(tmp_path: Path, monkeypatch):
     assert seen == [1, 4]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]),

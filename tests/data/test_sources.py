@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from .data_formats import FORMATS, Settings, images, openclip, pairs, parquet, png, webdataset, write_tar
 from PIL import Image
 
 from orchestrate.data.files import child, find, open_file
 from orchestrate.data.index import INDEX, open_dataset
 from orchestrate.data.reader import load, read_bytes
 from orchestrate.data.sources import split_of
+
+from .data_formats import FORMATS, Settings, images, openclip, pairs, parquet, png, webdataset, write_tar
 
 
 @pytest.mark.parametrize("write", FORMATS.values(), ids=FORMATS)
@@ -160,6 +161,15 @@ def test_missing_images_are_quarantined_and_counted(tmp_path: Path):
     assert data.quarantine.to_pylist()[0]["row"] == 2
 
 
+def test_a_set_without_a_usable_row_is_said(tmp_path: Path):
+    pq.write_table(pa.table({"image": pa.array([], pa.binary()), "caption": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no training row"):
+        open_dataset(Settings(str(tmp_path)))
+    pq.write_table(pa.table({"image": [png(0)], "caption": ["12"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no usable training row"):
+        open_dataset(Settings(str(tmp_path), max_bad=1.0))
+
+
 def test_double_ids_name_both_places(tmp_path: Path):
     columns = {"image": [png(0), png(1), png(2)], "caption": ["a", "b", "c"]}
     pq.write_table(pa.table({"id": ["x", "y", "x"], **columns}), tmp_path / "a.parquet")
@@ -183,9 +193,12 @@ def test_several_captions_of_an_image_are_pairs_of_their_own_on_one_side_of_the_
 def test_broken_containers_are_named(tmp_path: Path):
     webdataset(tmp_path, pairs())
     tar = tmp_path / "00000.tar"
-    tar.write_bytes(tar.read_bytes()[:1800])
-    with pytest.raises(ValueError, match=r"00000.tar ends early"):
-        open_dataset(Settings(str(tmp_path)))
+    whole = tar.read_bytes()
+    member = 512 + 512  # the first caption's header and body: a cut there looks like an end
+    for length in (0, 100, member, member + 100, member + 700, len(whole) // 2):
+        tar.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"00000.tar ends early"):
+            open_dataset(Settings(str(tmp_path)))
     tar.unlink()
     (tmp_path / "00001.tar").rename(tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=r"x.parquet is no readable Parquet"):

@@ -1,0 +1,71 @@
+"""What a finished run leaves, that it is not paid for twice, and that neither workers nor streaming change what it computes."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from .conftest import EXACT, TINY, Antidote
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_run_leaves_all_it_should_and_is_not_paid_for_twice(antidote: Antidote) -> None:
+    result = antidote.result("roclip", *TINY)
+    folder = Path(result["run"])
+    # 140 held-out scenes are 10 of each of 14 classes; the target's own 10 do not count.
+    assert (result["asr/targeted/total"], result["asr/stripes/total"]) == (16, 130)
+    assert result["poison/count"] == 16 * 4 + 30
+    assert result["poison/rate"] == pytest.approx(94 / (320 + 64))
+    rounds = [r for r in antidote.records() if r["kind"] == "match"]
+    assert [r["epoch"] for r in rounds] == [2, 4]
+    assert all(r["pool"] == 64 and r["pairs"] == 384 and r["poisoned"] == 94 for r in rounds)
+    assert pq.read_table(folder / "rounds" / "e002.parquet").num_rows == 384
+    assert pq.read_table(folder / "manifest.parquet").num_rows == 94
+    page = (folder / "report.html").read_text()
+    assert "RoCLIP" in page and "<script src" not in page
+
+    stored = sqlite3.connect(antidote.runs / "mlflow.db")
+    assert stored.execute("select count(*) from runs where status = 'FINISHED'").fetchone() == (1,)
+    assert stored.execute("select value from params where key = 'defense.every'").fetchone() == ("2",)
+
+    written = (folder / "result.json").stat().st_mtime_ns
+    code, out, _ = antidote.run("run", str(folder / "recipe.json"))
+    assert code == 0 and "RoCLIP" in out
+    assert (folder / "result.json").stat().st_mtime_ns == written, "a finished identity ran again"
+
+
+def test_two_workers_compute_what_one_does(antidote: Antidote, tmp_path: Path) -> None:
+    words = ("roclip", *TINY, "train.epochs=2", "track.uri=none", "cluster.match_cpus=0.25", "cluster.cpus=0.5")
+    one = antidote.result(*words)
+    losses = [r["loss"] for r in antidote.records() if r["kind"] == "train"]
+    two_folder = tmp_path / "two"
+    two_folder.mkdir()
+    other = Antidote(two_folder)
+    two = other.result(*words, "cluster.workers=2", "cluster.match_actors=2")
+    assert two["workers"] == 2
+    assert [r["loss"] for r in other.records() if r["kind"] == "train"] == pytest.approx(losses, rel=2e-3)
+    assert two["zeroshot/top1"] == pytest.approx(one["zeroshot/top1"], abs=0.05)
+
+
+def test_a_streamed_set_trains_poisoned_and_scored_alike(antidote: Antidote) -> None:
+    result = antidote.result("roclip", *TINY, "train.epochs=2", "track.uri=none", "data.stream=always", "cluster.cpus=0.5")
+    first = antidote.records()
+    assert result["asr/stripes/total"] == 130
+    assert [r["pairs"] for r in first if r["kind"] == "match"] == [384]
+
+
+def test_the_same_recipe_gives_the_same_numbers(antidote: Antidote, tmp_path: Path) -> None:
+    words = ("roclip", *TINY, "train.epochs=2", "track.uri=none")
+    one = antidote.result(*words)
+    (tmp_path / "again").mkdir()
+    other = Antidote(tmp_path / "again")
+    two = other.result(*words)
+    assert {k: one[k] for k in EXACT} == {k: two[k] for k in EXACT}
+    assert [r["loss"] for r in antidote.records() if r["kind"] == "train"] == [r["loss"] for r in other.records() if r["kind"] == "train"]
+    a, b = (json.loads((Path(r["run"]) / "data.json").read_text())["fingerprint"] for r in (one, two))
+    assert a == b
