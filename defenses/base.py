@@ -8,7 +8,6 @@ The trainer calls, in this order, once the model exists:
             batch = defense.augment(batch)
             out   = encode(batch)                       # text side from the pairing in a robust epoch
             loss  = defense.loss(out, base)             # base = clip_loss
-    defense.repair(model, clean)                        # methods that mend a trained model
 
 Every hook of `Defense` means 'leave it alone', so the base class is the undefended baseline.
 """
@@ -81,7 +80,14 @@ class Matcher(Protocol):
 
 @dataclass(frozen=True)
 class Defense:
-    """No defence: plain CLIP, the baseline of every table."""
+    """No defence: plain CLIP, the baseline of every table.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
+        arXiv 2103.00020.
+    Assumes: that the pairs can be trusted.
+    Cost: none.
+    Limits: a few poisoned pairs among many are learnt as well as the rest; compare augmented defences with `augmented` too.
+    """
 
     needs_tokens = False  # class constant: whether `loss` reads token features
 

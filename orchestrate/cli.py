@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +17,20 @@ from orchestrate.recipe import Recipe, Resolved, flatten, from_dict, parse_overr
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 what the user can mend (one message on stderr), 130 interrupted."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value after an option, which argparse leaves over
+        args.overrides += rest
     if not getattr(args, "verb", None):
         parser.print_help()
         return 0
     try:
-        return args.verb(args) or 0
-    except BrokenPipeError:
+        code = args.verb(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `antidote ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, RuntimeError, OSError) as error:
         print(f"antidote: {error}", file=sys.stderr)
@@ -84,9 +92,10 @@ def resolved(name: str, words: Sequence[str]) -> list[Resolved]:
         if not file.is_file():
             raise ValueError(f"no file {file}. A finished run keeps its recipe in runs/<run>/recipe.json.")
         try:
-            return [from_dict(json.loads(file.read_text()), overrides)]
-        except json.JSONDecodeError as error:
+            tree = json.loads(file.read_bytes())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is no JSON: {error}.") from None
+        return [from_dict(tree, overrides)]
     return recipes.get(name, overrides)
 
 

@@ -70,8 +70,9 @@ class Train:
     def __post_init__(self) -> None:
         _above(self, 0, "epochs", "batch", "accumulate", "lr", "eps")
         _least(self, 0, "warmup", "weight_decay", "clip_norm", "beta1", "beta2")
-        if max(self.beta1, self.beta2) >= 1:
-            raise ValueError(f"train.beta1={self.beta1}, train.beta2={self.beta2}: must be below 1.")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"train.{name}={getattr(self, name)}: must be below 1.")
         if self.batch % self.accumulate:
             raise ValueError(f"train.batch={self.batch} does not divide into train.accumulate={self.accumulate} micro-batches.")
 
@@ -321,11 +322,18 @@ def _find(key: str, known: Mapping[str, Any], methods: Mapping[str, tuple[tuple[
         return f"{method}.{option}"  # attack.targeted.copies where `targeted` is the only part
     if method in METHODS and rest and not methods[method]:
         raise ValueError(f"unknown key {key!r}: this recipe has no {method}. Name one first, such as {method}={plugins.names(method)[0]}.")
-    close = get_close_matches(key, known, n=3, cutoff=0.6) or [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:3]
-    if not close and method in (*SECTIONS, *METHODS):
-        close = [k for k in known if k.startswith(method + ".")]
-    hint = f" Did you mean {' or '.join(close)}?" if close else f" Top-level keys: seed, attack, defense, {', '.join(SECTIONS)}."
-    raise ValueError(f"unknown key {key!r}.{hint}")
+    raise ValueError(f"unknown key {key!r}. {_hint(key, list(known))}")
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
+    """What may have been meant: by the last word of the key, in its own section first."""
+    section, word = key.partition(".")[0], key.rpartition(".")[2]
+    own = [k for k in known if k.startswith(section + ".")]
+    for some in (own, known):
+        words = get_close_matches(word, sorted({k.rpartition(".")[2] for k in some}))
+        if close := [k for w in words for k in some if k.rpartition(".")[2] == w]:
+            return f"Did you mean {' or '.join(close[:3])}?"
+    return f"There are {', '.join(own)}." if own else f"Top-level keys: name, seed, attack, defense, {', '.join(SECTIONS)}."
 
 
 def _build(cls: type, prefix: str, tree: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Named recipes: `<method>[-<attack>][-<scale>]`, such as roclip, roclip-badnets, clip-targeted-small, otcclip-clean-paper; and suites.
+"""Named recipes: `<method>[-<attack>][-<scale>]`, such as roclip, roclip-badnets, clip-targeted-small, roclip-clean-paper; and suites.
 
 A name is a stack of layers over the defaults: the scale's, the method's, the attack's. Each part says what it shows; a scale also says its
 time. `antidote ls` prints this file's tables, `antidote show NAME` the resolved tree and where each value came from.
@@ -83,7 +83,7 @@ ATTACKS: dict[str, Part] = {
     "stripes": Part("a structured patch of stripes", {"attack": "stripes"}),
     "blended": Part("a fixed pattern blended in", {"attack": "blended"}),
     "clean": Part("no poison: the floor that chance gives", {"attack": "none"}),
-    "both": Part("targeted and stripes together, the default", {"attack": "targeted+stripes"}),
+    "both": Part("targeted and a backdoor together", {"attack": "targeted+stripes"}),
 }
 ATTACK = "both"
 
@@ -132,7 +132,8 @@ def _parse(name: str) -> tuple[str, str, str]:
     scale = rest.pop() if rest and rest[-1] in SCALES else SCALE
     attack = rest.pop() if rest and rest[-1] in ATTACKS else ATTACK
     if method not in METHODS or rest:
-        close = get_close_matches(name, [*names(), *SCALES], n=2, cutoff=0.5)
+        known = [*names(), *(f"{one}-{scale}" for one in names() if one not in SUITES for scale in SCALES)]
+        close = get_close_matches(name, known, n=2, cutoff=0.5)
         hint = f"Did you mean {' or '.join(close)}?" if close else "`antidote ls` lists them."
         raise ValueError(f"no recipe is called {name!r}. {hint}")
     return method, attack, scale

@@ -335,7 +335,7 @@ def _provenance(run: Run) -> dict[str, Any]:
     recipe = {key: value for key, value in run.recipe.items() if key != "identity"}
     return {
         "run": run,
-        "command": f"antidote run {shlex.quote(os.path.join(run.folder, 'recipe.json'))}",
+        "command": f"antidote run {shlex.quote(os.path.join('runs', run.folder, 'recipe.json'))}",
         "identity": run.recipe.get("identity") or result.get("identity") or "–",
         "recipe": masked(json.dumps(recipe, indent=2, ensure_ascii=False)),
         "versions": sorted(versions.items()),

@@ -112,7 +112,7 @@ def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] 
             result[f"match/{key}"] = rounds[-1][key]
     result |= {f"seconds/{kind}": sum(r["seconds"] for r in records if r["kind"] == kind) for kind in ("train", "match", "eval")}
     result["seconds/data"] = data_seconds
-    result |= {f"version/{name}": _version(name) for name in PACKAGES} | {"version/python": platform.python_version()}
+    result |= {f"versions/{name}": _version(name) for name in PACKAGES} | {"versions/python": platform.python_version()}
     if state is not None:
         export(recipe, folder / "model", state, result)
     complete_gallery(folder)

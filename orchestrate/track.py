@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RUNS = Path("runs")  # where runs lie unless cluster.runs says otherwise
 STATE = "mlflow.json"  # in the run directory: where the run is in MLflow, and how much of metrics.jsonl it has
 START_S, UPLOAD_S = 8, 120  # seconds MLflow gets for its first answer, and for one uploaded file
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 300.0  # between two attempts at a server that went silent
@@ -262,7 +263,8 @@ def ui(uri: str, port: int = 5000) -> list[str]:
         raise ValueError("Nothing is tracked with track.uri=none: run with track.uri=sqlite:///… first.")
     if mlflow_uri.scheme(uri) in ("http", "https"):
         raise ValueError(f"MLflow server {masked(uri)} has its own pages: open that address in a browser.")
-    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", mlflow_uri.resolve(uri, Path.cwd())]
+    uri = mlflow_uri.resolve(uri, RUNS.absolute())
+    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     if mlflow_uri.scheme(uri) == "sqlite":  # or MLflow makes ./mlartifacts wherever it is started
         server += ["--artifacts-destination", (mlflow_uri.sqlite_path(uri).absolute().parent / "mlartifacts").as_uri()]
     return [*server, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -270,12 +272,12 @@ def ui(uri: str, port: int = 5000) -> list[str]:
 
 def load_recipe(uri: str, run_id: str) -> dict[str, Any]:
     """The recipe of a run recorded in MLflow. ValueError where the server, the run or its recipe cannot be found."""
-    uri = mlflow_uri.resolve(uri, Path.cwd())
+    uri = mlflow_uri.resolve(uri, RUNS.absolute())
     with mlflow_uri.user_errors(uri), _waits(ANSWER_S, retries=1), tempfile.TemporaryDirectory() as folder:
         _reachable(uri)
         client = _client(uri)
         if not _alive(client, run_id):
-            raise ValueError(f"MLflow {masked(uri)} has no run {run_id!r}: `antidote ls` shows the runs it knows.")
+            raise ValueError(f"MLflow {masked(uri)} has no run {run_id!r}: `antidote ui` shows the runs it knows.")
         if "recipe.json" not in [item.path for item in client.list_artifacts(run_id)]:
             raise ValueError(f"MLflow run {run_id} has no recipe.json: it has not finished, or `antidote run` did not make it.")
         return dict(json.loads(Path(client.download_artifacts(run_id, "recipe.json", folder)).read_text()))

@@ -106,7 +106,7 @@ def read_images(recipe: Recipe, dataset: Dataset, streaming: bool) -> tuple[Data
     known = prepared.known_unreadable(recipe, dataset) if streaming else None
     if known is not None:
         return prepared.without_unreadable(dataset, known, recipe.data.max_bad), None
-    key = (prepared.fingerprint(dataset), side, recipe.data.max_pixels)
+    key = (ray.get_runtime_context().get_node_id(), prepared.fingerprint(dataset), side, recipe.data.max_pixels)
     if not streaming and key in _WARM:
         bad, held = _WARM[key]
     else:
@@ -150,7 +150,13 @@ def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None
     failed: list[tuple[int, str]] = []
     with Phase("read", len(rows), "image") as phase:
         seen = 0
-        dataset = ray.data.from_arrow(blocks).map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=1, concurrency=None)
+        dataset = ray.data.from_arrow(blocks).map_batches(
+            decode,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=1,
+            compute=ray.data.TaskPoolStrategy(size=recipe.cluster.readers),
+        )
         for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
             if images is not None:
                 images[batch["at"]] = batch["image"]
@@ -242,7 +248,7 @@ class _Log(ray.train.UserCallback):
             records = json.loads(metrics[0]["records"])
             self.tracker.truncate_after(records[0]["epoch"] - 1)  # an epoch done again after a failure replaces itself
             for record in records:
-                self.tracker.log(record, record.get("step", record["epoch"]))
+                self.tracker.log(record, record["epoch"])
         except Exception:  # an exception here would end the run
             logging.getLogger(__name__).exception("a record was not logged")
 
@@ -338,7 +344,7 @@ class Worker:
             raise ValueError(
                 f"the loss of epoch {epoch} is {loss}: lower train.lr (now {self.recipe.train.lr:g}) or use train.precision=fp32."
             )
-        record = {"kind": "train", "epoch": epoch, "step": self.learner.steps, "loss": loss, "robust": pairing is not None}
+        record = {"kind": "train", "epoch": epoch, "steps": self.learner.steps, "loss": loss, "robust": pairing is not None}
         record |= {"lr": self.learner.lr_at(self.learner.steps - 1), "scale": float(self.learner.model.logit_scale.detach().exp())}
         record |= {"seconds": seconds, "samples_per_s": len(losses) * self.recipe.train.batch / seconds}
         records.append(record)
@@ -410,7 +416,11 @@ class Worker:
             return {"image": pixels.take(np.asarray(item["rows"][0]))}
 
         found = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            decode, batch_size=None, batch_format="numpy", num_cpus=1
+            decode,
+            batch_size=None,
+            batch_format="numpy",
+            num_cpus=1,
+            compute=ray.data.TaskPoolStrategy(size=max(1, self.recipe.cluster.readers // self.world)),
         )
         for batch in found.iter_batches(batch_size=order.shape[1], prefetch_batches=1, batch_format="numpy"):
             yield batch["image"]

@@ -1,0 +1,375 @@
+"""The generated parts of the docs: a page for each method, reference tables, excerpts of the command line, tables of results.
+
+    python docs/build.py                        write what is stale
+    python docs/build.py --check                write nothing; exit code 1 and the files' names where something is stale
+    python docs/build.py --collect demo RUN…    make docs/results/demo.json from finished runs, then write
+
+A file of results is {"title", "command", "note", "results": [result.json, …]}; without the runs' directories and without folders of
+data sets, so that no path of anybody's machine is published. Collecting again keeps title, command and note unless they are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from orchestrate import cli, plugins, recipes  # noqa: E402
+from orchestrate.recipe import SECTIONS  # noqa: E402
+from orchestrate.report_text import Result, doubts, headline, markdown_table  # noqa: E402
+
+DOCS = ROOT / "docs"
+RESULTS, METHODS, PICTURE = DOCS / "results", DOCS / "methods", DOCS / "demo.png"
+BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+LABELS = ("Paper", "Source", "Threat model", "Assumes", "Success", "Cost", "Limits")
+SHOWN = ("roclip-badnets", "attack.count=100", "defense.every=1")
+KINDS = {"attack": "attack", "defense": "defence"}
+
+
+# --- a method's card: its docstring ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What one class's docstring says: its first paragraph, labelled facts, and a line for each field it explains."""
+
+    summary: str
+    facts: dict[str, str]
+    fields: dict[str, str]
+
+
+def card(cls: type) -> Card:
+    """The card of this class alone. ValueError for a line that is neither a label's nor a field's."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    summary, _, body = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")
+    found: dict[str, str] = {}
+    keys: list[str] = []
+    for line in body.splitlines():
+        head, sign, rest = line.strip().partition(": ")
+        words = [word.strip() for word in head.split(",")]
+        if sign and (head in LABELS or names.issuperset(words)):
+            keys = [head] if head in LABELS else words
+            found |= dict.fromkeys(keys, rest)
+        elif line.startswith("Parameters") or "see `" in line or not line.strip():
+            keys = []  # a heading, or a pointer to the class below, whose card follows
+        elif keys and line.startswith(" "):
+            found |= {key: f"{found[key]} {line.strip()}" for key in keys}
+        else:
+            raise ValueError(f"{cls.__module__}.{cls.__name__}: the card's line {line!r} is no label ({', '.join(LABELS)}) and no field.")
+    facts = {label: found[label] for label in LABELS if label in found}
+    return Card(" ".join(summary.split()), facts, {name: text for name, text in found.items() if name in names})
+
+
+def lineage(cls: type) -> list[type]:
+    """The class and what it builds on, nearest first, of methods only."""
+    bases = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
+    return bases if len(bases) == 1 else [base for base in bases if base.__name__ != "Defense"]
+
+
+def whole_card(cls: type) -> Card:
+    """The card with what it leaves to the classes below: missing facts and fields; limits add up."""
+    cards = [card(base) for base in lineage(cls)]
+    facts: dict[str, str] = {}
+    for label in LABELS:
+        said = [c.facts[label] for c in cards if label in c.facts]
+        if said:
+            facts[label] = " ".join(map(_sentence, said)) if label == "Limits" else _sentence(said[0])
+    fields = {}
+    for field in dataclasses.fields(cls):
+        said = [c.fields[field.name] for c in cards if field.name in c.fields]
+        if not said:
+            raise ValueError(f"{cls.__module__}.{cls.__name__}: its docstring has no line for the field {field.name!r}.")
+        fields[field.name] = said[0]
+    return Card(cards[0].summary, facts, fields)
+
+
+def methods() -> Iterator[tuple[str, str, type]]:
+    """(kind, name, class) of every built-in attack and defence."""
+    for kind, table in plugins.BUILT_IN.items():
+        for name in table:
+            yield kind, name, plugins.load(kind, name)
+
+
+def method_page(kind: str, name: str, cls: type) -> str:
+    said, source = whole_card(cls), Path(inspect.getfile(cls)).relative_to(ROOT)
+    facts = dict(said.facts)
+    if trigger := getattr(cls, "trigger", None):
+        facts["Trigger"] = f"Stage: {trigger.stage}. Varies: {trigger.varies}. Range: {trigger.clamp}."
+    lines = [f"<!-- Written by docs/build.py from the docstring of {cls.__name__}: edit it there. -->", "", f"# {name} ({KINDS[kind]})", ""]
+    lines += [said.summary, ""]
+    if facts:
+        lines += [*table(["", ""], [[f"**{label}**", linked(text)] for label, text in facts.items()]), ""]
+    lines += ["## Fields", ""]
+    if said.fields:
+        joined = f", or `{kind}.{name}.FIELD` where attacks are joined by `+`" if kind == "attack" else ""
+        lines += [f"Set them as `{kind}.FIELD=…`{joined}.", ""]
+        rows = [[f"`{f.name}`", kind_of(cls, f.name), f"`{plain(f.default)}`", said.fields[f.name]] for f in dataclasses.fields(cls)]
+        lines += table(["field", "type", "default", "meaning"], rows)
+    else:
+        lines += ["None."]
+    known = recipes.METHODS if kind == "defense" else recipes.ATTACKS
+    stem = "clip-" if kind == "attack" else ""
+    run = f"antidote run {stem}{name}" if name in known else f"antidote run clip {kind}={name}"
+    lines += ["", "## Use", "", "```sh", run, "```", "", f"Code: [`{source}`](../../{source})."]
+    return "\n".join(lines) + "\n"
+
+
+def kind_of(cls: type, name: str) -> str:
+    """A field's type in words."""
+    hint = get_type_hints(cls)[name]
+    if get_origin(hint) is Literal:
+        return " or ".join(f"`{option}`" for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"list of {get_args(hint)[0].__name__}"
+    return str(getattr(hint, "__name__", hint) if not get_args(hint) else hint).replace(" | None", "").replace(" | ", " or ")
+
+
+def plain(value: Any) -> str:
+    """A default as one would write it in an override."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if value != int(value) else str(value)
+    return {"": '""', (): "[]"}.get(value) or cli._value(value)
+
+
+def linked(text: str) -> str:
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def escaped(text: str) -> str:
+    """`<` outside of code, where a reader of Markdown would take it for a tag."""
+    return "`".join(part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(text.split("`")))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    clean = [[escaped(" ".join(cell.split())).replace("|", "\\|") for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in [list(head), ["---"] * len(head), *clean]]
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------------------
+
+
+def block_methods() -> list[str]:
+    rows = []
+    for kind, name, cls in methods():
+        facts = whole_card(cls).facts
+        paper = re.search(r"arXiv \d{4}\.\d{4,5}", facts.get("Source", facts.get("Paper", "")))
+        rows.append([f"[{name}](docs/methods/{name}.md)", KINDS[kind], card(cls).summary, linked(paper[0]) if paper else "–"])
+    return table(["name", "kind", "what it does", "paper"], rows)
+
+
+def block_recipes() -> list[str]:
+    rows = [["method", f"`{name}`", part.shows] for name, part in recipes.METHODS.items()]
+    rows += [["attack", f"`{name}`{' (default)' * (name == recipes.ATTACK)}", part.shows] for name, part in recipes.ATTACKS.items()]
+    rows += [
+        ["scale", f"`{name}`{' (default)' * (name == recipes.SCALE)}", f"{scale.shows}; {scale.time}"]
+        for name, scale in recipes.SCALES.items()
+    ]
+    rows += [["suite", f"`{name}`", f"{shows} ({', '.join(members)})"] for name, (shows, members, _) in recipes.SUITES.items()]
+    return table(["part", "name", "what it shows"], rows)
+
+
+def said_by(*words: str) -> list[str]:
+    """What the command line prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = cli.main(words)
+    assert code == 0, f"antidote {' '.join(words)} failed"
+    return out.getvalue().rstrip().splitlines()
+
+
+def block_ls() -> list[str]:
+    return ["```text", "$ antidote ls", *said_by("ls"), "```"]
+
+
+def block_show() -> list[str]:
+    """Head, what differs from the defaults, resources."""
+    lines = said_by("show", *SHOWN)
+    [one] = cli.resolved(SHOWN[0], SHOWN[1:])
+    told = [line for line in lines[1:-1] if one.origins.get(line.split()[0], "default") != "default"]
+    return ["```text", f"$ antidote show {' '.join(SHOWN)}", lines[0], *told, "  … (every other key, at its default)", lines[-1], "```"]
+
+
+def block_verbs() -> list[str]:
+    [verbs] = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    lines: list[str] = []
+    for name, parser in verbs.choices.items():
+        actions = [action for action in parser._actions if action.dest != "help"]
+        told = (parser.description or "").rpartition("…: ")[2]
+        lines += [f"### `antidote {' '.join([name, *map(_usage, actions)])}`", "", _sentence(told), ""]
+        rows = [f"- `{_usage(a).strip('[]')}`: {a.help or f'default: {a.default}'}" for a in actions if not a.choices]
+        lines += [*map(escaped, rows), ""] if rows else []
+    return lines[:-1]
+
+
+def _usage(action: argparse.Action) -> str:
+    if action.option_strings:
+        value = "" if action.nargs == 0 else f" {action.dest.upper()}"
+        return f"[{action.option_strings[0]}{value}]"
+    name = "|".join(action.choices) if action.choices else str(action.metavar or action.dest.upper())
+    return {"*": f"[{name} …]", "+": f"{name} …"}.get(str(action.nargs), name)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
+def block_keys() -> list[str]:
+    """Every recipe key with its type, default and the comment beside it in the source."""
+    lines: list[str] = []
+    for section, cls in SECTIONS.items():
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+        said = cls.__doc__ or ""
+        lines += [f"### {section}", "", *([said, ""] if not said.startswith(f"{cls.__name__}(") else [])]
+        rows = [
+            [f"`{section}.{f.name}`", kind_of(cls, f.name), f"`{plain(f.default)}`", comments.get(f.name, "")]
+            for f in dataclasses.fields(cls)
+        ]
+        lines += [*table(["key", "type", "default", "meaning"], rows), ""]
+    return lines[:-1]
+
+
+def block_columns() -> list[str]:
+    from orchestrate.data import parquet, rows, tables
+
+    names = {
+        "image bytes (Parquet)": ("data.image_column", parquet.IMAGES),
+        "image path (CSV, TSV, Parquet)": ("data.image_column", tables.PATHS),
+        "caption": ("data.caption_column", rows.CAPTIONS),
+        "class number": ("", rows.LABELS),
+        "class name": ("", rows.CLASSES),
+        "sample id": ("", rows.IDS),
+    }
+    body = [[what, ", ".join(f"`{n}`" for n in some), f"`{key}`" if key else "–"] for what, (key, some) in names.items()]
+    return table(["what", "names looked for, in this order, in any case", "or name it"], body)
+
+
+def block_demo() -> list[str]:
+    picture = ["![The same poisoned pairs learnt three ways: attack success and accuracy](docs/demo.png)", ""] if PICTURE.exists() else []
+    file = RESULTS / "demo.json"
+    return picture + (result_section(read_results(file), level=0) if file.exists() else [missing("demo")])
+
+
+def block_results() -> list[str]:
+    files = sorted(RESULTS.glob("*.json"), key=lambda file: (file.stem != "demo", file.stem))
+    lines: list[str] = []
+    for file in files:
+        lines += [*result_section(read_results(file), level=2), ""]
+    return lines[:-1] or [missing("demo")]
+
+
+def missing(name: str) -> str:
+    return f"*No results here yet: `python docs/build.py --collect {name} RUN…` puts them in.*"
+
+
+def result_section(found: Mapping[str, Any], level: int) -> list[str]:
+    """Title, command, table, what the numbers say and what to doubt, and where they come from."""
+    results: list[Result] = found["results"]
+    lines = [f"{'#' * level} {found['title']}", ""] if level else []
+    lines += ["```sh", found["command"], "```", ""] if level and found["command"] else []
+    lines += [*markdown_table(results).splitlines(), ""]
+    if level:
+        lines += [f"- {text}" for text in headline(results)] + [f"- Doubt: {text}" for text in doubts(results)] + [""]
+    lines += [found["note"], ""] if found["note"] else []
+    return [*lines, f"*{origin(results)}*"]
+
+
+def origin(results: Sequence[Result]) -> str:
+    def each(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(r[key]) for r in results if key in r)) or "–"
+
+    versions = ", ".join(f"{name} {each(f'version/{name}')}" for name in ("torch", "ray", "python"))
+    return f"Data {each('data')}; epochs {each('epochs')}; seed {each('seed')}; identity {each('identity')}; {versions}."
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    found = json.loads(file.read_text())
+    if not isinstance(found, dict) or set(found) != {"title", "command", "note", "results"}:
+        raise ValueError(f"{file} is not {{title, command, note, results}}: write it with --collect.")
+    return found
+
+
+BLOCKS: dict[str, Callable[[], list[str]]] = {
+    name.removeprefix("block_"): call for name, call in list(globals().items()) if name.startswith("block_")
+}
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------------
+
+
+def filled(text: str) -> str:
+    """The text with every generated block as it should be."""
+
+    def fill(block: re.Match[str]) -> str:
+        if block[2] not in BLOCKS:
+            raise ValueError(f"no generated block is called {block[2]!r}; there are {', '.join(BLOCKS)}.")
+        return block[1] + "\n".join(BLOCKS[block[2]]()) + "\n" + block[3]
+
+    return BLOCK.sub(fill, text)
+
+
+def wanted() -> dict[Path, str]:
+    """Every file with generated content → its text as it should be."""
+    pages = {METHODS / f"{name}.md": method_page(kind, name, cls) for kind, name, cls in methods()}
+    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+    return pages | {file: filled(file.read_text()) for file in found}
+
+
+def stale(files: Mapping[Path, str]) -> list[Path]:
+    """Files that are not as they should be, and pages of methods that are gone."""
+    changed = [file for file, text in files.items() if not file.exists() or file.read_text() != text]
+    return changed + [file for file in METHODS.glob("*.md") if file not in files]
+
+
+def collect(name: str, runs: Sequence[Path], title: str | None, command: str | None, note: str | None) -> Path:
+    """docs/results/NAME.json from run directories."""
+    results = [json.loads((run / "result.json").read_text()) for run in runs]
+    for result in results:
+        result.pop("run", None)
+        result["data"] = Path(str(result.get("data", ""))).name
+    file = RESULTS / f"{name}.json"
+    before = read_results(file) if file.exists() else {"title": name, "command": "", "note": ""}
+    given = {k: v for k, v in (("title", title), ("command", command), ("note", note)) if v is not None}
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(before | given | {"results": results}, indent=1, ensure_ascii=False) + "\n")
+    return file
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The generated parts of the docs.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something is stale")
+    parser.add_argument("--collect", metavar="NAME", help="make docs/results/NAME.json from the runs")
+    for key in ("title", "command", "note"):
+        parser.add_argument(f"--{key}", help="of the collected results")
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories to collect")
+    args = parser.parse_args(argv)
+    if args.collect:
+        print(f"wrote {collect(args.collect, args.runs, args.title, args.command, args.note).relative_to(ROOT)}")
+    files = wanted()
+    for file in stale(files):
+        if args.check:
+            print(f"stale: {file.relative_to(ROOT)}", file=sys.stderr)
+        elif file in files:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(files[file])
+            print(f"wrote {file.relative_to(ROOT)}")
+        else:
+            file.unlink()
+            print(f"removed {file.relative_to(ROOT)}")
+    if args.check and stale(files):
+        print("refresh with: python docs/build.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,277 @@
+"""From a recipe to what training reads: the poisoned table, the order of samples, their keys, and what cannot be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attacks.apply import ADDED
+from attacks.base import Manifest
+from defenses.base import Defense
+from defenses.roclip import RoCLIP
+from orchestrate import prepared
+from orchestrate.data import reader
+from orchestrate.data.index import Dataset, open_dataset
+from orchestrate.recipe import Recipe
+
+from . import small
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Recipe:
+    return small.recipe(folder)
+
+
+@pytest.fixture(scope="module")
+def dataset(recipe: Recipe) -> Dataset:
+    return open_dataset(recipe.data)
+
+
+# --- order and keys ----------------------------------------------------------------------------------------------------------
+
+WINDOWS = st.none() | st.tuples(st.integers(1, 90), st.integers(1, 30))
+
+
+@given(rows=st.integers(1, 400), seed=st.integers(0, 2**40), epoch=st.integers(1, 99), window=WINDOWS)
+def test_the_order_is_a_permutation_that_seed_and_epoch_fix(rows, seed, epoch, window):
+    found = prepared.order(rows, seed, epoch, window)
+    assert np.array_equal(np.sort(found), np.arange(rows))
+    assert np.array_equal(found, prepared.order(rows, seed, epoch, window))
+
+
+@pytest.mark.parametrize("window", [None, (64, 16)])
+def test_another_epoch_or_seed_is_another_order(window):
+    orders = [prepared.order(500, seed, epoch, window) for seed in (0, 1, 2) for epoch in (1, 2, 3)]
+    assert len({order.tobytes() for order in orders}) == 9
+    assert all((order != np.arange(500)).mean() > 0.9 for order in orders)
+
+
+@given(rows=st.integers(1, 500), chunk=st.integers(1, 40), chunks=st.integers(1, 6), epoch=st.integers(1, 9))
+def test_a_window_touches_few_parts_of_a_file_and_each_part_once(rows, chunk, chunks, epoch):
+    """What is read together lies together: a window of n chunks holds rows of n + 2 chunks at most, and no chunk is visited twice."""
+    size = chunk * chunks
+    part = prepared.order(rows, 0, epoch, (size, chunk)) // chunk
+    windows = [set(part[i : i + size]) for i in range(0, rows, size)]
+    assert max(map(len, windows)) <= chunks + 2
+    seen: dict[int, list[int]] = {}
+    for number, chunks_here in enumerate(windows):
+        for one in chunks_here:
+            seen.setdefault(one, []).append(number)
+    assert all(numbers[-1] - numbers[0] == len(numbers) - 1 <= 1 for numbers in seen.values())
+
+
+def test_a_window_is_shuffled_inside():
+    found = prepared.order(4096, 0, 1, (1024, 128))
+    assert (np.abs(np.diff(found)) == 1).mean() < 0.01
+
+
+@given(st.permutations([f"s{i}" for i in range(40)]))
+def test_a_samples_key_depends_on_its_id_and_the_seed_alone(ids):
+    keys = dict(zip(ids, prepared.sample_keys(pa.table({"id": ids}), 3).tolist(), strict=True))
+    part = ids[7:19]
+    assert prepared.sample_keys(pa.table({"id": part}), 3).tolist() == [keys[i] for i in part]
+    assert not set(prepared.sample_keys(pa.table({"id": ids}), 4).tolist()) & set(keys.values())
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50, unique=True), st.integers(1, 10_000), st.randoms())
+def test_an_epochs_keys_are_new_numbers_that_no_other_sample_changes(keys, epoch, random):
+    array = np.array(keys, np.uint64)
+    found = dict(zip(keys, prepared.epoch_keys(array, epoch).tolist(), strict=True))
+    assert len(set(found.values())) == len(keys)
+    shuffled = random.sample(keys, len(keys))
+    assert prepared.epoch_keys(np.array(shuffled, np.uint64), epoch).tolist() == [found[k] for k in shuffled]
+
+
+def test_keys_of_different_epochs_have_nothing_in_common():
+    keys = prepared.sample_keys(pa.table({"id": [f"s{i}" for i in range(2000)]}), 0)
+    epochs = np.stack([prepared.epoch_keys(keys, epoch) for epoch in range(1, 9)])
+    assert len(np.unique(epochs)) == epochs.size
+    bits = (epochs[:, :, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    agreement = (bits[:-1] == bits[1:]).mean((1, 2))
+    assert np.abs(agreement - 0.5).max() < 0.01
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_the_index_with_the_manifest_on_it(recipe, dataset):
+    ready = prepared.plan(recipe, dataset)
+    table, manifest = ready.table, ready.manifest
+    assert table.num_rows == 120 + 12 and pc.sum(table["poison"]).as_py() == manifest.count == 12 + 20
+    assert manifest.rate == 32 / 132
+    rows = {row["id"]: row for row in table.to_pylist()}
+    for planned in manifest.table.to_pylist():
+        assert rows[planned["id"]]["poison"]
+        assert {k: rows[planned["id"]][k] for k in ("caption", "stamp", "image_id")} == {
+            k: planned[k] for k in ("caption", "stamp", "image_id")
+        }
+    clean = table.filter(pc.invert(table["poison"])).select(dataset.train.column_names)
+    untouched = dataset.train.filter(pc.invert(pc.is_in(dataset.train["id"], value_set=manifest.table["id"].combine_chunks())))
+    assert clean.equals(untouched)
+
+
+def test_the_plan_changes_with_the_recipes_seed_and_nothing_else(recipe, dataset):
+    again = prepared.plan(dataclasses.replace(recipe, name="other"), dataset)
+    assert again.manifest.table.equals(prepared.plan(recipe, dataset).manifest.table)
+    assert not prepared.plan(dataclasses.replace(recipe, seed=1), dataset).manifest.table.equals(again.manifest.table)
+
+
+def test_without_attack_the_table_is_the_index_and_nothing_is_probed(recipe, dataset):
+    ready = prepared.plan(dataclasses.replace(recipe, attack=None), dataset)
+    assert ready.manifest is None and not ready.probes.tables
+    assert ready.table.select(dataset.train.column_names).equals(dataset.train)
+    assert ready.table.column_names[-len(ADDED) :] == ADDED.names
+    assert not any(ready.table["poison"].to_pylist()) and set(ready.table["stamp"].to_pylist()) == {""}
+
+
+def test_a_set_without_classes_cannot_be_attacked_and_says_what_to_do(recipe, dataset):
+    bare = dataclasses.replace(dataset, classes=[])
+    with pytest.raises(ValueError, match=r"has no classes to attack: name some with data.classes=dog,cat,… or take attack=none"):
+        prepared.plan(recipe, bare)
+    assert prepared.plan(dataclasses.replace(recipe, attack=None), bare).table.num_rows == 120
+
+
+def test_a_recipe_builds_its_methods(folder):
+    assert prepared.build_attack(small.recipe(folder, attack="none")) is None
+    assert type(prepared.build_defense(small.recipe(folder))) is Defense
+    assert prepared.build_defense(small.recipe(folder, defense="roclip", defense__every=3)) == RoCLIP(every=3)
+    assert [name for name, _ in prepared.build_attack(small.recipe(folder)).parts] == ["targeted", "stripes"]
+
+
+def test_what_is_written_beside_a_run_is_what_was_planned(recipe, dataset, tmp_path):
+    ready = prepared.plan(recipe, dataset)
+    prepared.write(tmp_path, ready)
+    assert Manifest.read(str(tmp_path / "manifest.parquet")).table.equals(ready.manifest.table)
+    told = json.loads((tmp_path / "data.json").read_text())
+    assert (told["train"], told["pairs"], told["heldout"], told["quarantined"]) == (120, 132, 40, 0)
+    assert told["classes"] == small.CLASSES and told["fingerprint"] == ready.fingerprint
+    assert pq.read_table(tmp_path / "quarantine.parquet").equals(dataset.quarantine)
+
+
+def test_rows_for_the_probe_are_labelled_clean_and_chosen_by_hash(dataset):
+    unknown = dataset.train.set_column(
+        dataset.train.schema.get_field_index("label"), "label", pa.array([-1 if i % 3 == 0 else i % 4 for i in range(120)], pa.int32())
+    )
+    found = prepared.probe_rows(unknown, 30, 0)
+    assert found.num_rows == 30 and min(found["label"].to_pylist()) >= 0
+    backwards = unknown.take(pa.array(np.arange(120)[::-1].copy()))
+    assert sorted(prepared.probe_rows(backwards, 30, 0)["id"].to_pylist()) == sorted(found["id"].to_pylist())
+    assert prepared.probe_rows(unknown, 30, 1)["id"].to_pylist() != found["id"].to_pylist()
+    assert prepared.probe_rows(unknown, 10**6, 0).num_rows == 80
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "workers", "accumulate", "message"),
+    [
+        (16, 1, 1, None),
+        (16, 4, 4, None),
+        (120, 2, 1, None),
+        (121, 1, 1, "120 training pairs do not fill one batch of train.batch=121: lower it, or use more data."),
+        (16, 3, 1, "train.batch=16 does not divide into cluster.workers=3 × train.accumulate=1 equal parts."),
+        (16, 4, 8, "train.batch=16 does not divide into cluster.workers=4 × train.accumulate=8 equal parts."),
+    ],
+)
+def test_a_batch_must_be_filled_and_divide_evenly(folder, dataset, batch, workers, accumulate, message):
+    recipe = small.recipe(folder, train__batch=batch, cluster__workers=workers, train__accumulate=accumulate)
+    if message is None:
+        prepared.check_size(recipe, dataset.train)
+    else:
+        with pytest.raises(ValueError) as error:
+            prepared.check_size(recipe, dataset.train)
+        assert str(error.value) == message
+
+
+def test_a_set_streams_when_it_would_not_fit(folder, dataset):
+    bytes_held = 160 * small.SIDE**2 * 3
+    assert not prepared.streams(small.recipe(folder), dataset)
+    assert not prepared.streams(small.recipe(folder, data__memory_gb=(bytes_held + 1) / 1e9), dataset)
+    assert prepared.streams(small.recipe(folder, data__memory_gb=(bytes_held - 1) / 1e9), dataset)
+    assert prepared.streams(small.recipe(folder, data__stream="always"), dataset)
+    assert not prepared.streams(small.recipe(folder, data__stream="never", data__memory_gb=0), dataset)
+
+
+def test_images_are_kept_at_the_models_side_unless_another_is_named(folder):
+    assert prepared.stored_side(small.recipe(folder, data__side=0)) == prepared.model_side(small.recipe(folder)) == 64
+    assert prepared.stored_side(small.recipe(folder, data__side=0, model__image_size=96)) == 96
+    assert prepared.stored_side(small.recipe(folder)) == small.SIDE
+
+
+# --- what cannot be read -----------------------------------------------------------------------------------------------------
+
+
+def unreadable(dataset: Dataset) -> list[tuple[str, str]]:
+    _, errors = reader.load(dataset.train, small.SIDE)
+    ids = dataset.train["id"].to_pylist()
+    return [(ids[i], why) for i, why in errors]
+
+
+def test_unreadable_images_are_left_out_and_recorded(tmp_path):
+    dataset = open_dataset(small.recipe(small.write(tmp_path, broken=(3, 77))).data)
+    bad = unreadable(dataset)
+    assert [name for name, _ in bad] == ["train0003", "train0077"]
+    found = prepared.without_unreadable(dataset, bad, 0.02)
+    assert found.train.num_rows == 118 and not set(found.train["id"].to_pylist()) & {"train0003", "train0077"}
+    assert found.heldout.equals(dataset.heldout) and found.train.schema.metadata == dataset.train.schema.metadata
+    assert found.quarantine["id"].to_pylist() == ["train0003", "train0077"]
+    assert all("train.parquet" in why and "not an image" in why for why in found.quarantine["reason"].to_pylist())
+    assert found.report[-1] == "2 images could not be read and are quarantined."
+    assert reader.load(found.train, small.SIDE)[1] == []
+
+
+def test_too_many_unreadable_images_stop_the_run_with_their_names(tmp_path):
+    dataset = open_dataset(small.recipe(small.write(tmp_path, broken=(3, 77))).data)
+    with pytest.raises(
+        ValueError,
+        match=r"2 of 160 rows cannot be used, more than data.max_bad=0.01 tolerates:\n.*row 3 \(id train0003\)(.|\n)*data.max_bad=0.013",
+    ):
+        prepared.without_unreadable(dataset, unreadable(dataset), 0.01)
+    prepared.without_unreadable(dataset, unreadable(dataset), 0.013)
+
+
+def test_images_that_fail_add_to_what_is_quarantined_already(tmp_path):
+    """One tolerance for the whole set: rows without caption and images that cannot be read are counted together."""
+    dataset = open_dataset(small.recipe(small.write(tmp_path, broken=(3,))).data)
+    earlier = dataset.train.slice(0, 2)
+    quarantine = reader.quarantined(earlier, [(0, "empty caption"), (1, "empty caption")])
+    dataset = dataclasses.replace(dataset, train=dataset.train.slice(2), quarantine=quarantine)
+    with pytest.raises(ValueError, match="3 of 160 rows"):
+        prepared.without_unreadable(dataset, unreadable(dataset), 2.5 / 160)
+    assert prepared.without_unreadable(dataset, unreadable(dataset), 3 / 160).quarantine.num_rows == 3
+
+
+@settings(max_examples=30)
+@given(lost=st.sets(st.integers(0, 159), max_size=40))
+def test_whatever_is_lost_the_rest_stays_in_order(dataset, lost):
+    ids = dataset.train["id"].to_pylist() + dataset.heldout["id"].to_pylist()
+    found = prepared.without_unreadable(dataset, [(ids[i], "gone") for i in sorted(lost)], 1.0)
+    assert found.train["id"].to_pylist() == [name for i, name in enumerate(ids[:120]) if i not in lost]
+    assert found.heldout["id"].to_pylist() == [name for i, name in enumerate(ids[120:], 120) if i not in lost]
+    assert found.quarantine.num_rows == len(lost)
+
+
+def test_a_checked_set_is_not_checked_again(folder, dataset):
+    recipe = small.recipe(folder)
+    assert prepared.known_unreadable(recipe, dataset) is None
+    prepared.remember_unreadable(recipe, dataset, [])
+    assert prepared.known_unreadable(recipe, dataset) == []
+    prepared.remember_unreadable(recipe, dataset, [("train0003", "gone")])
+    assert prepared.known_unreadable(recipe, dataset) == [("train0003", "gone")]
+    assert prepared.known_unreadable(small.recipe(folder, data__max_pixels=1000), dataset) is None
+    assert prepared.known_unreadable(recipe, dataclasses.replace(dataset, train=dataset.train.slice(1))) is None
