@@ -33,7 +33,7 @@ class Features(NamedTuple):
 
 
 class Match(NamedTuple):
-    """For each image the row of its caption in the pool, the distance paid, and the exact solves spent on it."""
+    """For each image the row of its caption in the pool (−1: its own stays), the distance paid, and the exact solves spent on it."""
 
     index: Tensor  # type: ignore[assignment]  # (N,) int64 into the pool; hides tuple.index
     distance: Tensor  # (N,) float32
@@ -74,8 +74,10 @@ class Matcher(Protocol):
     def matched(self) -> str: ...  # "embedding": learn from the pool's stored feature; "caption": re-encode the caption
     @property
     def tokens(self) -> bool: ...  # whether `match` needs token features
+    @property
+    def own(self) -> bool: ...  # whether `match` also wants each image's own caption
 
-    def match(self, images: Features, pool: Features) -> Match: ...
+    def match(self, images: Features, pool: Features, own: Features | None = None) -> Match: ...
 
 
 @dataclass(frozen=True)

@@ -63,13 +63,23 @@ def _best_in_pool(images: Tensor, pool: Tensor, exclude: Tensor | None, block: i
 
 @dataclass(frozen=True)
 class CosineMatcher:
-    """RoCLIP's matcher: the caption whose pooled feature has the largest cosine with the image's."""
+    """RoCLIP's matcher: the caption whose pooled feature has the largest cosine with the image's.
+
+    With `own` each image's own caption competes too, and wins unless the pool's best is nearer by more than `margin` (cosine).
+    """
 
     pool_size: int | float = 0.02
     matched: Literal["embedding", "caption"] = "embedding"
     tokens: bool = False
+    own: bool = False
+    margin: float = 0.0
     block: int = 4096
 
-    def match(self, images: Features, pool: Features, exclude: Tensor | None = None) -> Match:
-        """exclude (N,) int64: a pool row that image must not get (its own caption, say), −1 for none."""
-        return nearest(images.pooled, pool.pooled, exclude=exclude, block=self.block)
+    def match(self, images: Features, pool: Features, own: Features | None = None) -> Match:
+        """own: features (N, d) of each image's own caption, where `self.own`; index −1 says that it stays."""
+        found = nearest(images.pooled, pool.pooled, block=self.block)
+        if own is None:
+            return found
+        distance = 1 - (F.normalize(images.pooled.float(), dim=1) * F.normalize(own.pooled.float(), dim=1)).sum(1)
+        stays = distance <= found.distance + self.margin
+        return Match(torch.where(stays, -1, found.index), torch.where(stays, distance, found.distance))

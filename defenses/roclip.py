@@ -26,6 +26,10 @@ class RoCLIP(Augmented):
         matched: "embedding" (released code): learn from the pool's stored feature, which gives the text encoder no
             gradient in robust epochs; "caption" (the paper's wording): the matched caption is encoded again.
         warmup: first epochs that are never robust (paper 0).
+        own: "drawn" (paper): an image's own caption competes only where the pool happens to hold it; "always" (ours): it always
+            competes, so that in a robust epoch clean pairs increasingly keep their captions while poisoned ones, whose caption
+            loses against the pool until it is learnt, do not. Needs matched="caption".
+        margin: own="always": the own caption stays unless the pool's best is nearer by more than this cosine (ours, 0).
     Limits: right after a robust epoch image-text cosines can collapse and recover one epoch later, so compare methods
         at an epoch of the same kind. Third parties report that structured triggers (patches, stripes) keep an attack
         success of 75-82 %. Differs from the released code: its pool is a ring buffer in loader order that starts as
@@ -36,6 +40,8 @@ class RoCLIP(Augmented):
     pool_size: int | float = 0.02
     matched: Literal["embedding", "caption"] = "embedding"
     warmup: int = 0
+    own: Literal["drawn", "always"] = "drawn"
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +51,10 @@ class RoCLIP(Augmented):
             raise ValueError(f"warmup={self.warmup}: give the number of plain epochs to begin with, 0 or more")
         if self.matched not in ("embedding", "caption"):
             raise ValueError(f'matched={self.matched!r}: give "embedding" or "caption"')
+        if self.own == "always" and self.matched != "caption":
+            raise ValueError('own="always" needs matched="caption": a caption that stays is encoded again, not taken from the pool')
+        if not 0 <= self.margin < 2 or (self.margin and self.own != "always"):
+            raise ValueError(f'margin={self.margin}: give a cosine from 0 up to 2, and only with own="always"')
         share = isinstance(self.pool_size, float)
         if not (0 < self.pool_size < 1 if share else self.pool_size >= 2):
             raise ValueError(f"pool_size={self.pool_size}: give a share above 0 and below 1, or a whole number from 2")
@@ -53,4 +63,6 @@ class RoCLIP(Augmented):
         return epoch > self.warmup and epoch % self.every == 0
 
     def matcher(self, epoch: int) -> Matcher | None:
-        return CosineMatcher(self.pool_size, self.matched) if self.robust(epoch) else None
+        if not self.robust(epoch):
+            return None
+        return CosineMatcher(self.pool_size, self.matched, own=self.own == "always", margin=self.margin)

@@ -60,6 +60,7 @@ class MatchActor:
         self.defense = build_defense(recipe)
         inputs = ray.get(rounds.inputs.remote(), timeout=self.timeout)
         self.pixels = pixels_of(recipe, build_attack(recipe), *ray.get(inputs["train"], timeout=self.timeout))
+        self.own = self.pixels.table.column("caption").to_pylist()
         model, cfg = architecture(recipe)
         device = "cuda" if spec["gpus"] else "cpu"
         self.encoder = Encoder(model, cfg, device, batch=recipe.evaluate.batch, precision=recipe.evaluate.precision)
@@ -75,7 +76,8 @@ class MatchActor:
         else:
             self.pool = self.pool or self._encoded_pool(epoch)
             images = self.encoder.image_features(self.pixels.take(np.arange(start, stop)), self.matcher.tokens)
-            match = self.matcher.match(images, self.pool)
+            own = self.encoder.text_features(self.own[start:stop], self.matcher.tokens) if self.matcher.own else None
+            match = self.matcher.match(images, self.pool, own)
             arrays = {name: x.cpu().numpy() for name, x in match._asdict().items() if x is not None}
         return {**item, "payload": np.array([pack(arrays)], dtype=object)}
 

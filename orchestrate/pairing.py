@@ -44,7 +44,7 @@ def assemble(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def save(folder: Path, epoch: int, table: pa.Table, pool: Pool, match: dict[str, np.ndarray]) -> None:
-    """`e002.parquet`: id, pool_row, distance of every pair; `e002-pool.parquet`: the pool's ids and captions."""
+    """`e002.parquet`: id, pool_row (−1: the own caption stays) and distance of every pair; `e002-pool.parquet`: the pool's captions."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = pa.table(
         {
@@ -78,24 +78,25 @@ def facts(table: pa.Table, pool: Pool, match: dict[str, np.ndarray]) -> dict[str
     index, classes = match["index"], class_names(table)
     poison = table.column("poison").to_numpy(zero_copy_only=False)
     captions = np.array(table.column("caption").to_pylist(), dtype=object)
-    given = np.array(pool.captions, dtype=object)[index]
+    stays = index < 0
     told: dict[str, Any] = {
         "pairs": len(index),
         "pool": len(pool.ids),
-        "moved": float(np.mean(captions != given)),
+        "moved": float(np.mean(~stays & (captions != np.array(pool.captions, dtype=object)[index]))),
         "distance": float(np.mean(match["distance"])),
-        "used": len(np.unique(index)) / len(pool.ids),
+        "used": len(np.unique(index[~stays])) / len(pool.ids),
         "poisoned": int(poison.sum()),
     }
     if "solved" in match:
         told["solved"] = float(np.mean(match["solved"]))
-    named = named_classes(pool.captions, classes)
+    from_pool, from_own = named_classes(pool.captions, classes), named_classes(captions.tolist(), classes)
+    named = [from_own[i] if stays[i] else from_pool[k] for i, k in enumerate(index)]
     if poison.any() and classes:
         number = {name: i for i, name in enumerate(classes)}
         adversary = [number.get(a, -1) for a in table.column("adversary").to_pylist()]
-        told["poisoned_kept"] = float(np.mean([adversary[i] in named[index[i]] for i in np.flatnonzero(poison)]))
+        told["poisoned_kept"] = float(np.mean([adversary[i] in named[i] for i in np.flatnonzero(poison)]))
     label = table.column("label").to_numpy()
     clean = np.flatnonzero(~poison & (label >= 0))
     if len(clean):
-        told["clean_kept"] = float(np.mean([label[i] in named[index[i]] for i in clean]))
+        told["clean_kept"] = float(np.mean([label[i] in named[i] for i in clean]))
     return told

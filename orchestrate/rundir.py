@@ -208,7 +208,7 @@ def complete_gallery(folder: Path) -> None:
     """Add to the gallery what each round matched its pairs with."""
     file = folder / "gallery.parquet"
     gallery = pq.read_table(file)
-    at = gallery.column("row").to_numpy()
+    at, own = gallery.column("row").to_numpy(), gallery.column("caption").to_pylist()
     history: list[list[dict[str, Any]]] = [[] for _ in at]
     for pairs in sorted((folder / "rounds").glob("e[0-9][0-9][0-9].parquet")):
         table = pq.read_table(pairs)
@@ -216,7 +216,8 @@ def complete_gallery(folder: Path) -> None:
         for k, i in enumerate(at):
             match = table.slice(int(i), 1).to_pylist()[0]
             similarity = 1.0 - match["distance"]
-            history[k].append({"epoch": int(pairs.stem[1:]), "caption": captions[match["pool_row"]].as_py(), "similarity": similarity})
+            given = captions[match["pool_row"]].as_py() if match["pool_row"] >= 0 else own[k]
+            history[k].append({"epoch": int(pairs.stem[1:]), "caption": given, "similarity": similarity})
     kind = pa.list_(pa.struct([("epoch", pa.int32()), ("caption", pa.string()), ("similarity", pa.float32())]))
     if "rounds" in gallery.column_names:
         gallery = gallery.drop_columns(["rounds"])

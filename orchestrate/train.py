@@ -396,7 +396,7 @@ class Worker:
                 chosen = pairing["index"][rows]
                 if pairing["matched"] == "embedding":
                     matched = pairing["features"][chosen]
-                captions = [pairing["captions"][i] for i in chosen]
+                captions = [own if i < 0 else pairing["captions"][i] for i, own in zip(chosen, captions, strict=True)]
             yield Examples(pixels, captions, keys[rows], matched)
 
     def _stream(self, order: np.ndarray) -> Iterator[np.ndarray]:

@@ -133,10 +133,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def close(found: Tensor, wanted: Tensor, share: float) -> bool:
-    """Equal up to a share of the tensor's length: rounding, whatever the scale."""
-    difference = (found.double() - wanted.double()).norm()
-    return bool(difference <= share * wanted.double().norm() + 1e-7)
+def differing(found: dict[str, Any], wanted: dict[str, Any], share: float) -> list[str]:
+    """Tensors that differ by more than a share of their length (or of a thousandth of the whole's): more than rounding does."""
+    assert found.keys() == wanted.keys()
+    lengths = {key: float(x.double().norm()) for key, x in wanted.items() if x is not None}
+    whole = 1e-3 * math.hypot(*lengths.values())
+    bad = [key for key, x in wanted.items() if x is None and found[key] is not None and found[key].any()]
+    return bad + [k for k in lengths if not (found[k].double() - wanted[k].double()).norm() <= share * max(lengths[k], whole)]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -146,14 +149,10 @@ def test_two_workers_take_the_step_of_one(halves, name):
     assert all(torch.equal(one["state"][key], other["state"][key]) for key in whole["state"])  # workers never drift apart
     for half in (one, other):
         torch.testing.assert_close(half["losses"], whole["losses"], rtol=1e-5, atol=1e-5)
-        assert half["state"].keys() == whole["state"].keys()
-    for key, gradient in whole["gradients"].items():
-        if gradient is None:
-            assert one["gradients"][key] is None or not one["gradients"][key].any(), key
-        else:
-            assert close(one["gradients"][key], gradient, 1e-4), key
-    for key, value in whole["state"].items():
-        assert close(one["state"][key], value, 1e-4), key
+    assert differing(one["gradients"], whole["gradients"], 1e-3) == []
+    floats = {key: value for key, value in whole["state"].items() if value.is_floating_point()}
+    assert differing({key: one["state"][key] for key in floats}, floats, 1e-3) == []
+    assert all(torch.equal(one["state"][key], value) for key, value in whole["state"].items() if key not in floats)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -190,9 +189,7 @@ def test_an_undecided_gradient_does_not_decay_the_text_tower():
 def test_micro_batches_give_the_gradient_of_the_whole_batch(parts, matched):
     plain, split = (trained(Case("tiny-vit", train=dataclasses.replace(SMOOTH, accumulate=n), matched=matched)) for n in (1, parts))
     torch.testing.assert_close(split["losses"], plain["losses"], rtol=1e-5, atol=1e-5)
-    for key, gradient in plain["gradients"].items():
-        assert (split["gradients"][key] is None) == (gradient is None)
-        assert gradient is None or close(split["gradients"][key], gradient, 1e-4), key
+    assert differing(split["gradients"], plain["gradients"], 1e-3) == []
 
 
 def test_the_loss_is_clips_on_the_augmented_batch():

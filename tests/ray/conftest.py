@@ -25,7 +25,13 @@ TINY = (
     "evaluate.precision=fp32",
     "evaluate.probe_size=200",
     "attack.targeted.copies=4",
+    "attack=targeted+stripes",
     "attack.stripes.count=30",
+    "defense.every=2",
+    "defense.warmup=0",
+    "defense.matched=embedding",
+    "defense.own=drawn",
+    "defense.margin=0",
     "defense.pool_size=64",
     "cluster.threads=1",
 )

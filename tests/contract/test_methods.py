@@ -1,0 +1,295 @@
+"""One contract, every registered method: attacks and defences of `plugins.BUILT_IN` through the same table of settings.
+
+A new method passes by being registered; what it needs to show itself (options small enough for these tables) goes into SETTINGS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch.nn import functional as F
+
+from attacks.apply import apply
+from attacks.base import MANIFEST_SCHEMA, PROBE_SCHEMA, Manifest
+from attacks.combine import Several, rebuild
+from defenses.base import Batch, ClipOutput, Defense, Features, clip_loss
+from orchestrate import plugins
+from orchestrate.recipe import from_dict, resolve
+
+# Each method at its defaults, and with every option moved that changes what it does. {} is "nothing to add".
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "targeted": [{"targets": 6, "copies": 5}, {"targets": 4, "copies": 0.02, "captions": "templates", "adversary": "ship"}],
+    "badnets": [{"count": 40}, {"count": 0.1, "size": 0.3, "place": "random", "adversary": "cat", "captions": "templates"}],
+    "stripes": [{"count": 40}, {"count": 0.1, "size": 0.5, "place": "center"}],
+    "blended": [{"count": 40}, {"count": 40, "alpha": 0.6}],
+    "clip": [{}],
+    "augmented": [
+        {},
+        {"image_augment": False},
+        {"text_augment": False},
+        {"crop": 1.0, "flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": 0.0, "eda": 0.0},
+    ],
+    "roclip": [{}, {"every": 1, "pool_size": 8, "matched": "caption"}, {"every": 3, "warmup": 4, "pool_size": 0.5}],
+}
+ATTACKS = [(name, options) for name in plugins.BUILT_IN["attack"] for options in SETTINGS.get(name, [{}])]
+DEFENSES = [(name, options) for name in plugins.BUILT_IN["defense"] for options in SETTINGS.get(name, [{}])]
+METHODS = [(kind, name) for kind, table in plugins.BUILT_IN.items() for name in table]
+EPOCHS = range(1, 9)
+CLASSES = ["dog", "cat", "ship", "truck", "frog"]
+WORDS = ("a {} on the left", "the big {}", "two {}s in the snow", "{}", "an old photo of a {} near the river")
+
+
+def named(case: tuple[str, dict[str, Any]]) -> str:
+    return f"{case[0]}{json.dumps(case[1])}"
+
+
+def table(split: str, rows: int) -> pa.Table:
+    rng = np.random.default_rng(len(split))
+    label = rng.integers(len(CLASSES), size=rows)
+    columns = {
+        "id": [f"{split}{i:04d}" for i in range(rows)],
+        "path": [f"{split}.parquet"] * rows,
+        "where": ["parquet:image"] * rows,
+        "row": pa.array(range(rows), pa.int64()),
+        "size": pa.array([9] * rows, pa.int64()),
+        "caption": [WORDS[i % len(WORDS)].format(CLASSES[k]) for i, k in enumerate(label)],
+        "label": pa.array(np.where(np.arange(rows) % 9 == 0, -1, label), pa.int32()),
+    }
+    return pa.table(columns).replace_schema_metadata({"classes": json.dumps(CLASSES)})
+
+
+TRAIN, HELDOUT = table("train", 400), table("heldout", 90)
+IMAGE = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+
+
+# --- both kinds --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_settings_name_registered_methods_only():
+    assert set(SETTINGS) <= {name for _, name in METHODS}
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_a_method_is_one_frozen_dataclass_of_plain_fields(kind, name):
+    cls = plugins.load(kind, name)
+    assert cls.__dataclass_params__.frozen
+    one = cls()
+    assert one == cls() and hash(one) == hash(cls())
+    tree = json.loads(json.dumps(dataclasses.asdict(one), allow_nan=False))
+    assert cls(**tree) == one
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        object.__getattribute__(one, "__setattr__")(next(iter(tree), "x"), 1)
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_its_docstring_is_its_card(kind, name):
+    """One line, where it comes from, what it assumes, its cost and its limits, and every option by name (inherited ones: in a base's)."""
+    cls = plugins.load(kind, name)
+    own = inspect.cleandoc(cls.__doc__)
+    cards = "\n".join(
+        inspect.cleandoc(base.__doc__) for base in cls.__mro__[:-1] if base.__doc__ and "(" not in base.__doc__.split("\n")[0]
+    )
+    assert re.match(r"[A-Z].*\.\n\n", own), "a card begins with one line, then a blank one"
+    assert re.search(r"^(Paper|Source): ", own, re.M)
+    assert re.search(r"^(Threat model|Assumes)\b", own, re.M)
+    assert re.search(r"^(Cost|Threat model, cost)\b", own, re.M)
+    assert re.search(r"^Limits: ", own, re.M)
+    for field in dataclasses.fields(cls):
+        described = re.search(rf"^ *(\w+, )*`?{field.name}`?(, \w+)*: |`{field.name}`", cards, re.M)
+        assert described, f"{name}: no word on `{field.name}`"
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [("attack", c) for c in ATTACKS] + [("defense", c) for c in DEFENSES],
+    ids=lambda c: c if isinstance(c, str) else named(c),
+)
+def test_a_recipe_carries_it_to_disk_and_back(kind, case):
+    name, options = case
+    recipe = resolve("run", [("test", {kind: name, **{f"{kind}.{k}": v for k, v in options.items()}})]).recipe
+    assert getattr(recipe, kind).parts[0][1] == plugins.load(kind, name)(**options)
+    assert from_dict(json.loads(json.dumps(recipe.as_dict()))).recipe == recipe
+
+
+# --- attacks -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=ATTACKS, ids=named)
+def attack(request: pytest.FixtureRequest) -> Any:
+    name, options = request.param
+    return plugins.load("attack", name)(**options)
+
+
+def stamped(attack: Any, manifest: Manifest) -> list[bytes]:
+    return [attack.stamp(IMAGE.copy(), row).tobytes() for row in manifest.table.to_pylist()]
+
+
+def test_the_same_plan_is_made_again_and_replays_from_its_file(attack, tmp_path: Path):
+    whole = Several((("part", attack),))
+    plans = [whole.plan(TRAIN, HELDOUT, 3) for _ in range(2)]
+    for i, plan in enumerate(plans):
+        plan.write(str(tmp_path / f"{i}.parquet"))
+    assert (tmp_path / "0.parquet").read_bytes() == (tmp_path / "1.parquet").read_bytes()
+    read = Manifest.read(str(tmp_path / "0.parquet"))
+    assert read.table.equals(plans[0].table) and read.header == json.loads(json.dumps(plans[0].header))
+    again = rebuild(read.header, lambda _: type(attack))
+    assert again == whole
+    assert stamped(again, read) == stamped(whole, plans[0])
+    assert apply(TRAIN, HELDOUT, read).equals(apply(TRAIN, HELDOUT, plans[0]))
+
+
+def test_the_plan_does_not_depend_on_the_order_of_rows(attack):
+    order = pa.array(np.random.default_rng(0).permutation(TRAIN.num_rows))
+    plans = [attack.plan(index, HELDOUT, 3).table for index in (TRAIN, TRAIN.take(order))]
+    key = [("id", "ascending")]
+    assert (
+        plans[0]
+        .select(["id", "image_id", "caption", "adversary"])
+        .sort_by(key)
+        .equals(plans[1].select(["id", "image_id", "caption", "adversary"]).sort_by(key))
+    )
+
+
+def test_another_seed_is_another_plan(attack):
+    assert not attack.plan(TRAIN, HELDOUT, 3).table.equals(attack.plan(TRAIN, HELDOUT, 4).table)
+
+
+def test_the_plan_poisons_what_it_says(attack):
+    plan = attack.plan(TRAIN, HELDOUT, 3)
+    assert plan.table.schema.equals(MANIFEST_SCHEMA) and plan.count == plan.header["count"] > 0
+    done = apply(TRAIN, HELDOUT, plan)
+    assert plan.rate == pytest.approx(plan.count / done.num_rows)
+    assert sum(done["poison"].to_pylist()) == plan.count
+    for row in plan.table.to_pylist():
+        assert row["adversary"] in CLASSES and row["adversary"] != row["truth"]
+        assert row["adversary"] in row["caption"].lower()  # the caption says what the attacker wants to be seen
+        assert not row["truth"] or not re.search(rf"\b{row['truth']}s?\b", row["caption"])
+
+
+def test_the_stamp_is_pure_and_only_where_it_is_asked_for(attack):
+    rows = attack.plan(TRAIN, HELDOUT, 3).table.to_pylist() + [
+        row for t in attack.probes(TRAIN, HELDOUT, 3).tables.values() for row in t.to_pylist()
+    ]
+    for row in rows[:60]:
+        image = IMAGE.copy()
+        image.setflags(write=False)
+        shown = attack.stamp(image, row)
+        assert shown.dtype == np.uint8 and shown.shape == IMAGE.shape
+        assert np.array_equal(shown, attack.stamp(IMAGE.copy(), {"stamp": row["stamp"], "image_id": row["image_id"]}))
+        assert np.array_equal(shown, IMAGE) == (row["stamp"] == "")
+
+
+def test_there_is_something_to_measure_and_it_was_never_trained_on_with_the_trigger(attack):
+    probes = attack.probes(TRAIN, HELDOUT, 3)
+    plan = attack.plan(TRAIN, HELDOUT, 3).table
+    assert probes.tables and probes.tables.keys() == probes.how.keys()
+    for name, found in probes.tables.items():
+        assert found.num_rows > 0 and found.schema.equals(PROBE_SCHEMA)
+        assert probes.how[name] in ("targeted", "backdoor")
+        assert set(found["adversary"].to_pylist()) <= set(plan["adversary"].to_pylist())
+        assert set(found["image_split"].to_pylist()) == {"heldout"}
+        assert set(found["image_id"].to_pylist()) <= set(HELDOUT["id"].to_pylist())
+        label = dict(zip(HELDOUT["id"].to_pylist(), HELDOUT["label"].to_pylist(), strict=True))
+        for row in found.to_pylist():
+            assert row["truth"] == CLASSES[label[row["image_id"]]] != row["adversary"]
+            assert bool(row["stamp"]) == (probes.how[name] == "backdoor")
+
+
+# --- defences ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=DEFENSES, ids=named)
+def defense(request: pytest.FixtureRequest) -> Defense:
+    name, options = request.param
+    return plugins.load("defense", name)(**options)
+
+
+def features(rows: int, seed: int, tokens: bool) -> Features:
+    draw = torch.Generator().manual_seed(seed)
+    pooled = F.normalize(torch.randn(rows, 12, generator=draw), dim=1)
+    if not tokens:
+        return Features(pooled)
+    mask = torch.arange(5) < torch.randint(1, 6, (rows, 1), generator=draw)
+    return Features(pooled, F.normalize(torch.randn(rows, 5, 12, generator=draw), dim=2) * mask[:, :, None], mask)
+
+
+@pytest.mark.parametrize("epoch", EPOCHS)
+def test_a_matcher_says_what_the_actors_must_know_and_matches(defense, epoch):
+    matcher = defense.matcher(epoch)
+    assert matcher == defense.matcher(epoch)  # every worker and actor asks for itself
+    if matcher is None:
+        return
+    assert dataclasses.is_dataclass(matcher) and matcher.__dataclass_params__.frozen
+    assert matcher.matched in ("embedding", "caption") and isinstance(matcher.tokens, bool)
+    assert 0 < matcher.pool_size < 1 if isinstance(matcher.pool_size, float) else matcher.pool_size >= 2
+    images, pool = features(17, epoch, matcher.tokens), features(6, 100 + epoch, matcher.tokens)
+    match = matcher.match(images, pool)
+    assert match.index.shape == (17,) and match.index.dtype == torch.int64
+    assert match.distance.shape == (17,) and match.distance.dtype == torch.float32 and match.distance.isfinite().all()
+    assert ((match.index >= 0) & (match.index < 6)).all()
+    part = matcher.match(Features(*(None if x is None else x[5:9] for x in images)), pool)
+    assert torch.equal(part.index, match.index[5:9])  # an item of work may be cut anywhere
+    torch.testing.assert_close(part.distance, match.distance[5:9])
+
+
+def test_a_defence_with_a_matcher_uses_it_within_eight_epochs(defense):
+    """So that the test above has something to test, and a plain defence is one that says so in its class."""
+    robust = [epoch for epoch in EPOCHS if defense.matcher(epoch)]
+    assert bool(robust) == (type(defense).matcher is not Defense.matcher)
+
+
+def batch(keys: np.ndarray, side: int = 24) -> Batch:
+    images = torch.rand(len(keys), 3, side, side, generator=torch.Generator().manual_seed(1))
+    return Batch(images, [WORDS[i % len(WORDS)].format("dog") for i in range(len(keys))], keys)
+
+
+KEYS = np.random.default_rng(5).integers(0, 2**63, 12).astype(np.uint64)
+
+
+def test_augmentation_keeps_shape_type_and_range(defense):
+    before = batch(KEYS)
+    images = before.images.clone()
+    after = defense.augment(before)
+    assert after.images.shape == before.images.shape and after.images.dtype == torch.float32
+    assert after.images.min() >= 0 and after.images.max() <= 1
+    assert len(after.captions) == 12 and all(caption.strip() for caption in after.captions)
+    assert np.array_equal(after.keys, KEYS)
+    assert torch.equal(before.images, images)  # hooks return, they do not mutate
+
+
+def test_augmentation_depends_on_the_keys_alone(defense):
+    """Not on the batch a sample lands in, its place there, or anybody's random state: that is what makes runs repeatable."""
+    whole = batch(KEYS)
+    torch.manual_seed(0)
+    first = defense.augment(whole)
+    torch.manual_seed(99)
+    order = np.random.default_rng(1).permutation(12)[:7]
+    part = defense.augment(Batch(whole.images[order], [whole.captions[i] for i in order], KEYS[order]))
+    torch.testing.assert_close(part.images, first.images[order], rtol=0, atol=1e-5)
+    assert part.captions == [first.captions[i] for i in order]
+
+
+@pytest.mark.parametrize("robust", [False, True])
+def test_the_loss_is_a_finite_number_with_a_gradient(defense, robust):
+    draw = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(8, 12, generator=draw, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(14.0, requires_grad=True)
+    more: dict[str, Any] = {}
+    if defense.needs_tokens:
+        tokens = features(8, 3, True), features(8, 4, True)
+        more = {"image_tokens": tokens[0].tokens, "text_tokens": tokens[1].tokens, "text_mask": tokens[1].mask}
+    out = ClipOutput(F.normalize(image, dim=1), F.normalize(text, dim=1), scale, robust=robust, **more)
+    loss = defense.loss(out, clip_loss)
+    assert loss.shape == () and loss.isfinite()
+    loss.backward()
+    for leaf in (image, text, scale):
+        assert leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad.any()

@@ -1,0 +1,177 @@
+"""Whether a recipe fits, said before anything starts, and what a job ships. No Ray is started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from orchestrate import ROOT, cluster
+from orchestrate.recipe import Cluster
+
+AMOUNTS = st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0])
+CLUSTERS = st.builds(
+    Cluster,
+    workers=st.integers(1, 64),
+    cpus=AMOUNTS,
+    gpus=st.just(0.0) | AMOUNTS,
+    match_actors=st.integers(1, 8),
+    match_cpus=AMOUNTS,
+    match_gpus=st.just(0.0) | AMOUNTS,
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "matching", "streaming", "wanted", "line"),
+    [
+        (Cluster(), False, False, (1, 0), "1 training worker × 1 CPU = 1 CPU"),
+        (Cluster(), True, False, (1.5, 0), "1 training worker × 1 CPU + 1 matching actor × 0.5 CPU = 1.5 CPU"),
+        (Cluster(workers=2, cpus=0.5), False, True, (2, 0), "2 training workers × 0.5 CPU + readers × 1 CPU = 2 CPU"),
+        (
+            Cluster(workers=8, cpus=8, gpus=1, match_actors=8, match_cpus=4, match_gpus=0.1),
+            True,
+            False,
+            (96, 8.8),
+            "8 training workers × 8 CPU + 1 GPU + 8 matching actors × 4 CPU + 0.1 GPU = 96 CPU, 8.8 GPU",
+        ),
+    ],
+)
+def test_the_plan_adds_up_what_is_held_at_once(settings, matching, streaming, wanted, line):
+    assert tuple(cluster.demand(settings, matching, streaming).values()) == pytest.approx(wanted)
+    assert cluster.plan(settings, matching, streaming) == line
+
+
+@pytest.mark.parametrize(
+    ("settings", "has", "matching", "message"),
+    [
+        (
+            Cluster(workers=64),
+            {"CPU": 2.0},
+            False,
+            "64 training workers × 1 CPU = 64 CPU, but this machine has 2 CPU. At most cluster.workers=2 fit.",
+        ),
+        (
+            Cluster(workers=64),
+            {"CPU": 2.0},
+            True,
+            "64 training workers × 1 CPU + 1 matching actor × 0.5 CPU = 64.5 CPU, but this machine has 2 CPU. At most cluster.workers=1 fit.",
+        ),
+        (
+            Cluster(gpus=1),
+            {"CPU": 2.0},
+            False,
+            "1 training worker × 1 CPU + 1 GPU = 1 CPU, 1 GPU, but this machine has 0 GPU. Set cluster.gpus=0 to train on CPUs.",
+        ),
+        (
+            Cluster(address="head:6379", workers=3, gpus=1, match_actors=2, match_gpus=0.5),
+            {"CPU": 64.0, "GPU": 3.0},
+            True,
+            "but the cluster at head:6379 has 3 GPU. At most cluster.workers=2 fit.",
+        ),
+        (
+            Cluster(match_actors=4, match_cpus=1),
+            {"CPU": 2.0},
+            True,
+            "but this machine has 2 CPU. Lower cluster.match_actors or cluster.match_cpus.",
+        ),
+        (
+            Cluster(cpus=4),
+            {"CPU": 2.0},
+            False,
+            "1 training worker × 4 CPU = 4 CPU, but this machine has 2 CPU. Lower cluster.cpus.",
+        ),
+    ],
+)
+def test_what_cannot_be_placed_is_refused_with_what_would_fit(settings, has, matching, message):
+    with pytest.raises(ValueError) as error:
+        cluster.preflight(settings, matching, False, has)
+    assert str(error.value).endswith(message)
+
+
+@given(CLUSTERS, st.booleans(), st.booleans(), st.integers(1, 64), st.integers(0, 16))
+def test_a_plan_is_refused_exactly_when_it_does_not_fit(settings, matching, streaming, cpus, gpus):
+    wanted = cluster.demand(settings, matching, streaming)
+    fits = wanted["CPU"] <= cpus and wanted["GPU"] <= gpus
+    try:
+        cluster.preflight(settings, matching, streaming, {"CPU": float(cpus), "GPU": float(gpus)})
+    except ValueError:
+        assert not fits
+    else:
+        assert fits
+
+
+@given(CLUSTERS, st.booleans(), st.booleans(), st.integers(1, 64))
+def test_the_number_of_workers_it_suggests_does_fit_and_one_more_does_not(settings, matching, streaming, cpus):
+    import dataclasses
+
+    settings = dataclasses.replace(settings, gpus=0.0, match_gpus=0.0)
+    has = {"CPU": float(cpus)}
+    try:
+        cluster.preflight(settings, matching, streaming, has)
+        assume(False)
+    except ValueError as error:
+        _, sign, rest = str(error).partition("At most cluster.workers=")
+    assume(sign)
+    count = int(rest.split()[0])
+    assert 1 <= count < settings.workers
+    cluster.preflight(dataclasses.replace(settings, workers=count), matching, streaming, has)
+    with pytest.raises(ValueError):
+        cluster.preflight(dataclasses.replace(settings, workers=count + 1), matching, streaming, has)
+
+
+def test_a_streaming_run_leaves_a_core_for_a_reader():
+    """Else the workers would wait for a reader that waits for the workers' cores."""
+    cluster.preflight(Cluster(workers=2), False, False, {"CPU": 2.0})
+    with pytest.raises(ValueError, match=r"readers × 1 CPU = 3 CPU, but this machine has 2 CPU. At most cluster.workers=1 fit"):
+        cluster.preflight(Cluster(workers=2), False, True, {"CPU": 2.0})
+
+
+def test_shares_that_add_up_to_the_whole_fit_whatever_the_rounding():
+    cluster.preflight(Cluster(workers=10, cpus=0.1, match_actors=10, match_cpus=0.1), True, False, {"CPU": 2.0})
+
+
+# --- what a job ships --------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_ships_the_four_rooms_from_a_checkout():
+    env = cluster.runtime_env()
+    assert env["working_dir"] == str(ROOT)
+    assert all((ROOT / room / "__init__.py").is_file() for room in ("orchestrate", "models", "attacks", "defenses"))
+    assert env["env_vars"]["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_what_is_shipped_is_small():
+    """Ray refuses 500 MB, and every worker unpacks it: nothing but code goes, runs and virtual environments stay."""
+    for folder in (".git", ".venv", "runs", "tests", "docs"):
+        assert f"/{folder}" in cluster.EXCLUDE
+    rooms = sum(
+        f.stat().st_size
+        for room in ("orchestrate", "models", "attacks", "defenses")
+        for f in (ROOT / room).rglob("*.*")
+        if f.suffix != ".pyc"
+    )
+    assert rooms < 2_000_000
+
+
+def test_an_installed_package_ships_its_rooms_as_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster, "ROOT", tmp_path)  # site-packages: no pyproject.toml beside the rooms, and much else
+    env = cluster.runtime_env()
+    assert "working_dir" not in env
+    assert env["py_modules"] == [str(tmp_path / room) for room in ("orchestrate", "models", "attacks", "defenses")]
+
+
+def test_paths_for_workers_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert cluster.absolute("runs/../out") == tmp_path / "out"
+    assert cluster.absolute("~/runs") == Path(os.path.expanduser("~")) / "runs"
+    assert cluster.absolute("/data/runs") == Path("/data/runs")
+
+
+def test_planning_needs_no_ray():
+    code = "import sys; from orchestrate import cluster, prepared; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
