@@ -38,6 +38,7 @@ class Match(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # (N,) int64 into the pool; hides tuple.index
     distance: Tensor  # (N,) float32
     solved: Tensor | None = None  # (N,) int64
+    margin: Tensor | None = None  # (N,) float32: no other caption is nearer than distance + margin
 
 
 @dataclass(frozen=True)

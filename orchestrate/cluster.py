@@ -61,6 +61,18 @@ def session(cluster: Cluster, several: bool) -> Iterator[None]:
         yield
 
 
+def quiet_data(*, in_order: bool = False) -> Any:
+    """ray.data, told to leave the terminal to us. `in_order`: results come in the order of their inputs."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.execution_options.preserve_order = in_order
+    for name in ("ray.data", "ray.data._internal.execution", "ray.data._internal.progress"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return ray.data
+
+
 def _first_line(error: BaseException) -> str:
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return line.rstrip(".") + "."
@@ -105,8 +117,14 @@ def _mend(cluster: Cluster, matching: bool, streaming: bool, kind: str, there: f
     fits = math.floor((there - rest) / one + 1e-6) if one else 0
     if fits >= 1:
         return f"At most cluster.workers={fits} fit."
-    key = "cpus" if kind == "CPU" else "gpus"
-    return f"Lower cluster.workers, cluster.{key}, cluster.match_actors or cluster.match_{key}."
+    key = kind.lower() + "s"
+    each = {"workers": cluster.workers > 1 and one, key: one}
+    if matching and (actor := getattr(cluster, f"match_{key}")):
+        each |= {"match_actors": cluster.match_actors > 1, f"match_{key}": actor}
+    names = [f"cluster.{name}" for name, helps in each.items() if helps]
+    if kind == "GPU" and not there:
+        return f"Set {' and '.join(f'{name}=0' for name in names if name.endswith('gpus'))} to run on CPUs."
+    return f"Lower {' or '.join(names)}."
 
 
 def absolute(path: str) -> Path:

@@ -26,6 +26,7 @@ import numpy as np
 import ray
 
 from defenses.base import Defense, Features, Matcher
+from orchestrate import cluster
 from orchestrate import recipe as recipes
 from orchestrate.pairing import Pool, assemble, draw_pool, facts, save
 from orchestrate.prepared import build_attack, build_defense, pixels_of
@@ -174,13 +175,7 @@ class Rounds:
 
     def _run(self, epochs: list[int], me: Any) -> None:
         """The one execution: every round's items through one pool of actors, results taken as they come."""
-        import ray.data
-
-        c = self.recipe.cluster
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = False
-        context.print_on_execution_start = False
+        c, data = self.recipe.cluster, cluster.quiet_data()
         self.items = work_items(epochs, {e: len(p.ids) for e, p in self.pools.items()}, self.table.num_rows, c.match_batch, c.match_actors)
         spec = {
             "recipe": self.recipe.as_dict(),
@@ -188,11 +183,11 @@ class Rounds:
             "gpus": c.match_gpus,
             "threads": max(1, (os.cpu_count() or 1) // c.match_actors),
         }
-        found = ray.data.from_items(self.items, override_num_blocks=len(self.items)).map_batches(
+        found = data.from_items(self.items, override_num_blocks=len(self.items)).map_batches(
             MatchActor,
             fn_constructor_args=(me, spec),
             batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=c.match_actors),
+            compute=data.ActorPoolStrategy(size=c.match_actors),
             num_cpus=c.match_cpus,
             num_gpus=c.match_gpus or None,
             max_restarts=-1,

@@ -89,8 +89,8 @@ def facts(table: pa.Table, pool: Pool, match: dict[str, np.ndarray]) -> dict[str
     }
     if "solved" in match:
         told["solved"] = float(np.mean(match["solved"]))
-    from_pool, from_own = named_classes(pool.captions, classes), named_classes(captions.tolist(), classes)
-    named = [from_own[i] if stays[i] else from_pool[k] for i, k in enumerate(index)]
+    from_pool, from_own = named_classes(pool.captions, classes), iter(named_classes(captions[stays].tolist(), classes))
+    named = [from_pool[k] if k >= 0 else next(from_own) for k in index]
     if poison.any() and classes:
         number = {name: i for i, name in enumerate(classes)}
         adversary = [number.get(a, -1) for a in table.column("adversary").to_pylist()]

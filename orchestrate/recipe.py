@@ -149,8 +149,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.+-]*", self.name):
             raise ValueError(f"name={self.name!r}: it names the run's directory, so letters, digits, '.', '_', '+' and '-' only.")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must be 0 or more.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: must be 0 or more, and below 2^63.")
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values; `from_dict` of it is the same recipe."""
@@ -347,7 +347,11 @@ def _build(cls: type, prefix: str, tree: Mapping[str, Any]) -> Any:
             values[f.name] = tree[path]
         elif f.default is f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{path} has no default: give it, as {path}=….")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        known = str(error).startswith(f"{prefix}.")  # our own sections say their name; a method knows its fields only
+        raise ValueError(str(error) if known else f"{prefix}.{error}" if re.match(r"\w+=", str(error)) else f"{prefix}: {error}") from None
 
 
 def _plugin(method: str, use: str | None, parts: tuple[tuple[str, type], ...], tree: Mapping[str, Any]) -> Plugin | None:

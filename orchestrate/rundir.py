@@ -159,8 +159,9 @@ def write_gallery(folder: Path, ready: Prepared, pixels: dict[str, Pixels]) -> N
     groups: dict[str, list[int]] = {}
     kinds = {}
     if ready.manifest:
+        names = sorted((part["name"] for part in ready.manifest.header["parts"]), key=len, reverse=True)
         for row in ready.manifest.table.to_pylist():
-            part = row["stamp"] or row["id"].split("-")[1]
+            part = row["stamp"] or next(name for name in names if row["id"].startswith(f"poison-{name}-"))
             kinds[row["id"]] = (row["kind"], row["truth"], part)
     for i, name in enumerate(ids):
         groups.setdefault(kinds[name][2] if name in kinds else "", []).append(i)

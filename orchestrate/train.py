@@ -129,10 +129,7 @@ _WARM: dict[Any, Any] = {}  # the last set decoded in this session: runs of one 
 
 def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None) -> list[tuple[int, str]]:
     """Fill `images` (n, S, S, 3) from `rows`; returns (position, reason) of what could not be read."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
+    data = cluster.quiet_data()
     blocks = [
         rows.slice(i, CHUNK).append_column("at", pa.array(np.arange(i, min(i + CHUNK, rows.num_rows))))
         for i in range(0, rows.num_rows, CHUNK)
@@ -150,12 +147,12 @@ def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None
     failed: list[tuple[int, str]] = []
     with Phase("read", len(rows), "image") as phase:
         seen = 0
-        dataset = ray.data.from_arrow(blocks).map_batches(
+        dataset = data.from_arrow(blocks).map_batches(
             decode,
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
-            compute=ray.data.TaskPoolStrategy(size=recipe.cluster.readers),
+            compute=data.TaskPoolStrategy(size=recipe.cluster.readers),
         )
         for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
             if images is not None:
@@ -401,11 +398,7 @@ class Worker:
 
     def _stream(self, order: np.ndarray) -> Iterator[np.ndarray]:
         """Pixels of (steps, n) rows through Ray Data, a window of steps a task, in order."""
-        import ray.data
-
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = False
-        context.execution_options.preserve_order = True
+        data = cluster.quiet_data(in_order=True)
         step = max(1, WINDOW // self.recipe.train.batch)
         items = [{"rows": order[i : i + step].ravel()} for i in range(0, len(order), step)]
         recipe, ref = self.recipe.as_dict(), self.inputs["train"][0]
@@ -415,12 +408,12 @@ class Worker:
             pixels = prepared.pixels_of(known, prepared.build_attack(known), ray.get(ref), None, None)
             return {"image": pixels.take(np.asarray(item["rows"][0]))}
 
-        found = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        found = data.from_items(items, override_num_blocks=len(items)).map_batches(
             decode,
             batch_size=None,
             batch_format="numpy",
             num_cpus=1,
-            compute=ray.data.TaskPoolStrategy(size=max(1, self.recipe.cluster.readers // self.world)),
+            compute=data.TaskPoolStrategy(size=max(1, self.recipe.cluster.readers // self.world)),
         )
         for batch in found.iter_batches(batch_size=order.shape[1], prefetch_batches=1, batch_format="numpy"):
             yield batch["image"]

@@ -38,7 +38,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"text_augment": False},
         {"crop": 1.0, "flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": 0.0, "eda": 0.0},
     ],
-    "roclip": [{}, {"every": 1, "pool_size": 8, "matched": "caption"}, {"every": 3, "warmup": 4, "pool_size": 0.5}],
+    "roclip": [
+        {},
+        {"every": 1, "pool_size": 8, "matched": "caption"},
+        {"every": 3, "warmup": 4, "pool_size": 0.5},
+        {"every": 1, "matched": "caption", "own": "always"},
+        {"every": 1, "matched": "caption", "own": "always", "margin": 0.2},
+    ],
 }
 ATTACKS = [(name, options) for name in plugins.BUILT_IN["attack"] for options in SETTINGS.get(name, [{}])]
 DEFENSES = [(name, options) for name in plugins.BUILT_IN["defense"] for options in SETTINGS.get(name, [{}])]
@@ -87,7 +93,7 @@ def test_a_method_is_one_frozen_dataclass_of_plain_fields(kind, name):
     tree = json.loads(json.dumps(dataclasses.asdict(one), allow_nan=False))
     assert cls(**tree) == one
     with pytest.raises(dataclasses.FrozenInstanceError):
-        object.__getattribute__(one, "__setattr__")(next(iter(tree), "x"), 1)
+        setattr(one, next(iter(tree), "anything"), 1)
 
 
 @pytest.mark.parametrize(("kind", "name"), METHODS)
@@ -95,9 +101,8 @@ def test_its_docstring_is_its_card(kind, name):
     """One line, where it comes from, what it assumes, its cost and its limits, and every option by name (inherited ones: in a base's)."""
     cls = plugins.load(kind, name)
     own = inspect.cleandoc(cls.__doc__)
-    cards = "\n".join(
-        inspect.cleandoc(base.__doc__) for base in cls.__mro__[:-1] if base.__doc__ and "(" not in base.__doc__.split("\n")[0]
-    )
+    written = [base.__doc__ for base in cls.__mro__[:-1] if not base.__doc__.startswith(f"{base.__name__}(")]  # not made by dataclass
+    cards = "\n".join(map(inspect.cleandoc, written))
     assert re.match(r"[A-Z].*\.\n\n", own), "a card begins with one line, then a blank one"
     assert re.search(r"^(Paper|Source): ", own, re.M)
     assert re.search(r"^(Threat model|Assumes)\b", own, re.M)
@@ -188,7 +193,7 @@ def test_the_stamp_is_pure_and_only_where_it_is_asked_for(attack):
         assert np.array_equal(shown, IMAGE) == (row["stamp"] == "")
 
 
-def test_there_is_something_to_measure_and_it_was_never_trained_on_with_the_trigger(attack):
+def test_there_is_something_to_measure_and_no_triggered_image_was_trained_on(attack):
     probes = attack.probes(TRAIN, HELDOUT, 3)
     plan = attack.plan(TRAIN, HELDOUT, 3).table
     assert probes.tables and probes.tables.keys() == probes.how.keys()
@@ -198,6 +203,8 @@ def test_there_is_something_to_measure_and_it_was_never_trained_on_with_the_trig
         assert set(found["adversary"].to_pylist()) <= set(plan["adversary"].to_pylist())
         assert set(found["image_split"].to_pylist()) == {"heldout"}
         assert set(found["image_id"].to_pylist()) <= set(HELDOUT["id"].to_pylist())
+        if probes.how[name] == "backdoor":
+            assert not set(found["image_id"].to_pylist()) & set(plan["image_id"].to_pylist())
         label = dict(zip(HELDOUT["id"].to_pylist(), HELDOUT["label"].to_pylist(), strict=True))
         for row in found.to_pylist():
             assert row["truth"] == CLASSES[label[row["image_id"]]] != row["adversary"]
@@ -222,6 +229,10 @@ def features(rows: int, seed: int, tokens: bool) -> Features:
     return Features(pooled, F.normalize(torch.randn(rows, 5, 12, generator=draw), dim=2) * mask[:, :, None], mask)
 
 
+def rows(some: Features, start: int, stop: int) -> Features:
+    return Features(*(None if x is None else x[start:stop] for x in some))
+
+
 @pytest.mark.parametrize("epoch", EPOCHS)
 def test_a_matcher_says_what_the_actors_must_know_and_matches(defense, epoch):
     matcher = defense.matcher(epoch)
@@ -229,14 +240,16 @@ def test_a_matcher_says_what_the_actors_must_know_and_matches(defense, epoch):
     if matcher is None:
         return
     assert dataclasses.is_dataclass(matcher) and matcher.__dataclass_params__.frozen
-    assert matcher.matched in ("embedding", "caption") and isinstance(matcher.tokens, bool)
+    assert matcher.matched in ("embedding", "caption") and isinstance(matcher.tokens, bool) and isinstance(matcher.own, bool)
+    assert not (matcher.own and matcher.matched == "embedding")  # a caption that stays has no feature in the pool
     assert 0 < matcher.pool_size < 1 if isinstance(matcher.pool_size, float) else matcher.pool_size >= 2
     images, pool = features(17, epoch, matcher.tokens), features(6, 100 + epoch, matcher.tokens)
-    match = matcher.match(images, pool)
+    own = features(17, 200 + epoch, matcher.tokens) if matcher.own else None
+    match = matcher.match(images, pool, own)
     assert match.index.shape == (17,) and match.index.dtype == torch.int64
     assert match.distance.shape == (17,) and match.distance.dtype == torch.float32 and match.distance.isfinite().all()
-    assert ((match.index >= 0) & (match.index < 6)).all()
-    part = matcher.match(Features(*(None if x is None else x[5:9] for x in images)), pool)
+    assert ((match.index >= (-1 if matcher.own else 0)) & (match.index < 6)).all()
+    part = matcher.match(rows(images, 5, 9), pool, own and rows(own, 5, 9))
     assert torch.equal(part.index, match.index[5:9])  # an item of work may be cut anywhere
     torch.testing.assert_close(part.distance, match.distance[5:9])
 

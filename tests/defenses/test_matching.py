@@ -88,4 +88,14 @@ def test_the_matcher_matches_pooled_features():
     matcher = CosineMatcher()
     assert matcher.match(images, pool).index.tolist() == [3, 2, 1, 0]
     assert not matcher.tokens
-    assert 3 not in matcher.match(images, pool, exclude=torch.full((4,), 3)).index.tolist()
+
+
+def test_an_own_caption_stays_unless_the_pool_is_nearer_by_more_than_the_margin():
+    angle = torch.tensor([0.0, 0.3, 0.6])
+    images = Features(torch.tensor([[1.0, 0.0]] * 3))
+    own = Features(torch.stack([angle.cos(), angle.sin()], 1))  # cosines 1, .955, .825
+    pool = Features(torch.tensor([[0.9, 0.19**0.5], [0.0, 1.0]]))  # cosines .9, 0
+    assert CosineMatcher(own=True).match(images, pool, own).index.tolist() == [-1, -1, 0]
+    found = CosineMatcher(own=True, margin=0.1).match(images, pool, own)
+    assert found.index.tolist() == [-1, -1, -1]
+    torch.testing.assert_close(found.distance, 1 - angle.cos())

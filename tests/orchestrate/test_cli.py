@@ -14,7 +14,7 @@ from PIL import Image
 
 from attacks.base import Manifest
 from orchestrate import ROOT, plugins, recipes
-from orchestrate.cli import main
+from orchestrate.cli import main, resolved
 from orchestrate.recipe import flatten
 
 
@@ -107,7 +107,7 @@ def test_show_prints_each_member_of_a_suite(capsys):
         (["roclip", "train.lr=fast"], "train.lr='fast': a number is wanted."),
         (["roclip", "train.lr"], "'train.lr' is no override: write key=value"),
         (["roclip", "seed=1", "seed=2"], "seed is given twice"),
-        (["roclip", "attack=badnets", "attack.size=7"], "size=7.0"),
+        (["roclip", "attack=badnets", "attack.size=7"], "antidote: attack.size=7.0 is no share"),
         (["nowhere.json"], "no file nowhere.json. A finished run keeps its recipe"),
     ],
 )
@@ -150,7 +150,15 @@ def test_what_the_system_refuses_is_one_message_too(here, capsys, scenes):
     assert "File exists: 'taken'" in refused(capsys, "poison", *TINY, scenes, "--out", "taken")
 
 
-TINY = ("clip-both-smoke", "data.size=300", "data.heldout=60", "data.side=32", "attack.targeted.copies=3", "attack.stripes.count=40")
+TINY = (
+    "clip-both-smoke",
+    "attack=targeted+stripes",
+    "data.size=300",
+    "data.heldout=60",
+    "data.side=32",
+    "attack.targeted.copies=3",
+    "attack.stripes.count=40",
+)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +191,7 @@ def test_another_seed_is_another_plan(here, capsys, scenes):
 
 def test_the_plan_goes_to_a_folder_named_after_the_recipe(here, capsys, scenes):
     assert main(["poison", *TINY, scenes]) == 0
-    [found] = recipes.get(TINY[0], dict(word.split("=") for word in (*TINY[1:], scenes)))
+    [found] = resolved(TINY[0], [*TINY[1:], scenes])
     assert (here / f"poison-{found.recipe.identity[:8]}" / "manifest.parquet").is_file()
 
 
@@ -193,7 +201,7 @@ def test_a_recipe_without_attack_cannot_be_poisoned(here, capsys):
 
 def test_a_plan_of_no_pair_is_a_plan(here, capsys, scenes):
     """The control of an experiment: count 0, everything else as in the poisoned run."""
-    assert main(["poison", *TINY[:4], scenes, "attack=badnets", "attack.count=0", "--out", "a"]) == 0
+    assert main(["poison", "clip-badnets-smoke", *TINY[2:5], scenes, "attack.count=0", "--out", "a"]) == 0
     assert "0 poisoned pairs, 0.00% of 300" in capsys.readouterr().out
     assert Manifest.read("a/manifest.parquet").count == 0
 

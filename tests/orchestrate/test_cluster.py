@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -59,13 +60,19 @@ def test_the_plan_adds_up_what_is_held_at_once(settings, matching, streaming, wa
             Cluster(workers=64),
             {"CPU": 2.0},
             True,
-            "64 training workers × 1 CPU + 1 matching actor × 0.5 CPU = 64.5 CPU, but this machine has 2 CPU. At most cluster.workers=1 fit.",
+            "+ 1 matching actor × 0.5 CPU = 64.5 CPU, but this machine has 2 CPU. At most cluster.workers=1 fit.",
         ),
         (
             Cluster(gpus=1),
             {"CPU": 2.0},
             False,
-            "1 training worker × 1 CPU + 1 GPU = 1 CPU, 1 GPU, but this machine has 0 GPU. Set cluster.gpus=0 to train on CPUs.",
+            "1 training worker × 1 CPU + 1 GPU = 1 CPU, 1 GPU, but this machine has 0 GPU. Set cluster.gpus=0 to run on CPUs.",
+        ),
+        (
+            Cluster(gpus=1, match_gpus=0.1),
+            {"CPU": 2.0, "GPU": 0.0},
+            True,
+            "but this machine has 0 GPU. Set cluster.gpus=0 and cluster.match_gpus=0 to run on CPUs.",
         ),
         (
             Cluster(address="head:6379", workers=3, gpus=1, match_actors=2, match_gpus=0.5),
@@ -77,7 +84,7 @@ def test_the_plan_adds_up_what_is_held_at_once(settings, matching, streaming, wa
             Cluster(match_actors=4, match_cpus=1),
             {"CPU": 2.0},
             True,
-            "but this machine has 2 CPU. Lower cluster.match_actors or cluster.match_cpus.",
+            "but this machine has 2 CPU. Lower cluster.cpus or cluster.match_actors or cluster.match_cpus.",
         ),
         (
             Cluster(cpus=4),
@@ -107,8 +114,6 @@ def test_a_plan_is_refused_exactly_when_it_does_not_fit(settings, matching, stre
 
 @given(CLUSTERS, st.booleans(), st.booleans(), st.integers(1, 64))
 def test_the_number_of_workers_it_suggests_does_fit_and_one_more_does_not(settings, matching, streaming, cpus):
-    import dataclasses
-
     settings = dataclasses.replace(settings, gpus=0.0, match_gpus=0.0)
     has = {"CPU": float(cpus)}
     try:
@@ -173,5 +178,5 @@ def test_paths_for_workers_are_absolute(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_planning_needs_no_ray():
-    code = "import sys; from orchestrate import cluster, prepared; assert 'ray' not in sys.modules"
+    code = "import sys; from orchestrate import cluster; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -137,11 +137,12 @@ def brute(queries: Tensor, candidates: Tensor, groups: list[Any], k: int) -> flo
     hits = 0
     for i, row in enumerate((queries.double() @ candidates.double().T).tolist()):
         best = max(s for s, g in zip(row, groups, strict=True) if g == groups[i])
-        hits += sum(s >= best - 1e-7 for s, g in zip(row, groups, strict=True) if g != groups[i]) < k
+        hits += sum(s >= best - 3e-7 for s, g in zip(row, groups, strict=True) if g != groups[i]) < k
     return hits / len(queries)
 
 
 @settings(max_examples=30, deadline=None)
+@example(11, 11, 662888948, 1)  # equal cosines that float32 unit vectors put 1.05e-7 apart
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.sampled_from([1, 50, ev.BLOCK]))
 def test_retrieval_is_brute_force(n: int, captions: int, seed: int, block: int) -> None:
     rng = torch.Generator().manual_seed(seed)

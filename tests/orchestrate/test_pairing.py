@@ -149,6 +149,18 @@ def test_facts_of_a_round_counted_by_hand():
     assert json.loads(json.dumps(told)) == told  # it goes to metrics.jsonl as it is
 
 
+def test_a_pair_whose_own_caption_stays_has_not_moved():
+    table = poisoned_table(
+        [("a dog", 0, False, ""), ("a cat", 0, False, ""), ("a dog", 1, True, "dog"), ("a dog", 1, True, "dog"), ("dogs", 0, False, "")]
+    )
+    told = pairing.facts(table, POOL, matched(-1, -1, -1, 3, 2))
+    assert told["moved"] == 2 / 5 and told["used"] == 2 / 4
+    assert told["clean_kept"] == pytest.approx(1 / 3)  # "a dog" stays, "a cat" is not its class, "my old car" neither
+    assert told["poisoned_kept"] == 1 / 2
+    everything = pairing.facts(table, POOL, matched(*[-1] * 5))
+    assert everything["moved"] == everything["used"] == 0 and everything["poisoned_kept"] == 1
+
+
 def test_facts_of_a_clean_round_say_nothing_of_poison():
     told = pairing.facts(poisoned_table([("a dog", 0, False, ""), ("x", -1, False, "")]), POOL, matched(3, 3, solved=[2.0, 4.0]))
     assert "poisoned_kept" not in told and told["poisoned"] == 0

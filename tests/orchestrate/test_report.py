@@ -210,7 +210,7 @@ def test_numbers_are_those_of_the_results(runs: list[Path], page: tuple[str, Pag
             assert f"{share:.1f} % {count} 95 %: {low:.1f}–{high:.1f}" in parsed.text
         assert f"{100 * result['zeroshot/top1']:.1f} %" in parsed.text
     assert "680 14.5 %" in parsed.text and "5 m 12 s matching 16.8 s" in parsed.text
-    assert "antidote run roclip-1a/recipe.json" in parsed.text and "f00dfeed" in parsed.text
+    assert "antidote run runs/roclip-1a/recipe.json" in parsed.text and "f00dfeed" in parsed.text
     assert "3 quarantined" in parsed.text and "torch 2.8" in parsed.text
     assert re.search(r"2 4,680 440 97.0 % 680 25.0 % 20.0 % 0.40 1.9 s", parsed.text)  # the first matching round
 
