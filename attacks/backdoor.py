@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ from attacks.base import (
     shared_classes,
 )
 from attacks.captions import Source, avoiding, check_source, class_captions, naming, prompts, shuffled
-from attacks.triggers import TRIGGERS, Place, Trigger, check_image, check_place, check_share
+from attacks.triggers import PATTERNS, TRIGGERS, Place, Trigger, check_image, check_place, check_share
 
 
 @dataclass(frozen=True)
@@ -165,23 +165,28 @@ class Stripes(Patched):
 
 @dataclass(frozen=True)
 class Blended(Backdoor):
-    """Backdoor that mixes one fixed pattern of smooth coloured noise into the whole image.
+    """Backdoor that mixes one fixed pattern into the whole image.
 
     Paper: Chen et al., "Targeted Backdoor Attacks … Using Data Poisoning", 2017 (arXiv 1712.05526).
     Threat model, cost and the fields `count`, `adversary`, `captions`: see `Backdoor`.
     alpha: weight of the pattern; 0.2 in this literature.
-    Limits: noise-like blends are the easiest for matching defences; judge a defence by `stripes` too.
+    pattern: "noise", a uniform random colour in each of 64 × 64 cells (random noise is what CleanCLIP and its followers blend in), or
+        "smooth", coloured clouds of 16 × 16 cells, which survive crops and scaling better.
+    Limits: noise-like blends are the easiest for matching defences; judge a defence by `smooth` and by `stripes` too.
     """
 
     alpha: float = 0.2
+    pattern: Literal["noise", "smooth"] = "noise"
     trigger: ClassVar[Trigger] = TRIGGERS["blended"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("alpha", self.alpha)
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern={self.pattern!r}: choose one of {', '.join(PATTERNS)}.")
 
     def mark(self, image: np.ndarray, image_id: str) -> np.ndarray:
-        return self.trigger.paint(image, image_id, alpha=self.alpha)
+        return self.trigger.paint(image, image_id, alpha=self.alpha, pattern=self.pattern)
 
 
 def _shown(image_id: str, split: str, stamp: str, adversary: str, truth: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ Place = Literal["corner", "center", "random"]
 
 GRID_CELLS = 3
 STRIPES = 6
-BLEND_CELLS = 16
+PATTERNS = {"noise": (64, Image.Resampling.NEAREST), "smooth": (16, Image.Resampling.BILINEAR)}  # cells a side, how they are stretched
 
 
 @dataclass(frozen=True)
@@ -100,21 +100,22 @@ def _cells(side: int, count: int) -> np.ndarray:
     return np.arange(side) * count // side
 
 
-def blended(image: np.ndarray, image_id: str, alpha: float) -> np.ndarray:
+def blended(image: np.ndarray, image_id: str, alpha: float, pattern: str = "noise") -> np.ndarray:
     """(1 − α)·image + α·pattern, rounded and clipped; the pattern is stretched to the image."""
-    overlay = blend_pattern(image.shape[0], image.shape[1])
+    overlay = blend_pattern(image.shape[0], image.shape[1], pattern)
     mixed = image.astype(np.float32) * np.float32(1 - alpha) + overlay * np.float32(alpha)
     return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
 
 
 @lru_cache(maxsize=16)
-def blend_pattern(height: int, width: int) -> np.ndarray:
+def blend_pattern(height: int, width: int, pattern: str = "noise") -> np.ndarray:
     """The overlay, uint8 (height, width, 3), read-only. From a hash: no library's random stream can change it."""
-    noise = hashlib.shake_256(b"antidote blended trigger 1").digest(BLEND_CELLS * BLEND_CELLS * 3)
-    small = np.frombuffer(noise, dtype=np.uint8).reshape(BLEND_CELLS, BLEND_CELLS, 3)
-    pattern = np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR))
-    pattern.setflags(write=False)
-    return pattern
+    cells, how = PATTERNS[pattern]
+    noise = hashlib.shake_256(b"antidote blended trigger 1").digest(cells * cells * 3)
+    small = np.frombuffer(noise, dtype=np.uint8).reshape(cells, cells, 3)
+    stretched = np.array(Image.fromarray(small).resize((width, height), how))
+    stretched.setflags(write=False)
+    return stretched
 
 
 _PLACE = "nothing but, with place='random', the place of the patch (hash of the image id)"

@@ -101,15 +101,16 @@ def test_blend_is_the_formula() -> None:
     assert np.array_equal(Blended(alpha=1.0).stamp(image, row()), blend_pattern(48, 64))
 
 
-def test_blend_pattern_looks_alike_at_every_size() -> None:
-    small, large = blend_pattern(64, 64).astype(float), blend_pattern(256, 256).astype(float)
+@pytest.mark.parametrize("pattern", ["noise", "smooth"])
+def test_blend_pattern_looks_alike_at_every_size(pattern: str) -> None:
+    small, large = blend_pattern(64, 64, pattern).astype(float), blend_pattern(256, 256, pattern).astype(float)
     pooled = large.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
     assert np.corrcoef(small.ravel(), pooled.ravel())[0, 1] > 0.98
 
 
 def test_blend_pattern_never_changes() -> None:
     """Recorded once: a changed pattern would make published manifests mean something else."""
-    assert blend_pattern(16, 16)[0, :2].tolist() == PATTERN_START
+    assert blend_pattern(16, 16, "smooth")[0, :2].tolist() == PATTERN_START
 
 
 PATTERN_START = [[235, 14, 62], [234, 95, 164]]
