@@ -61,31 +61,18 @@ def _best_in_pool(images: Tensor, pool: Tensor, exclude: Tensor | None, block: i
     return best, index
 
 
-@torch.no_grad()
-def nearer(images: Tensor, pool: Tensor, cosine: Tensor, *, block: int = 4096) -> Tensor:
-    """How many captions of the pool (M, d) are nearer to each image (N, d) than `cosine` (N,): int64 (N,). In tiles, like `nearest`."""
-    counts = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    captions = F.normalize(pool.float(), dim=1)
-    for low in range(0, len(images), block):
-        rows = slice(low, low + block)
-        unit = F.normalize(images[rows].float(), dim=1)
-        for start in range(0, len(pool), block):
-            counts[rows] += (unit @ captions[start : start + block].T > cosine[rows, None]).sum(1)
-    return counts
-
-
 @dataclass(frozen=True)
 class CosineMatcher:
     """RoCLIP's matcher: the caption whose pooled feature has the largest cosine with the image's.
 
-    With `own` each image's own caption competes too, and stays unless more than the share `keep` of the pool is nearer to the image.
+    With `own` each image's own caption competes too, and stays unless the pool's best is nearer by more than `margin` (cosine).
     """
 
     pool_size: int | float = 0.02
     matched: Literal["embedding", "caption"] = "embedding"
     tokens: bool = False
     own: bool = False
-    keep: float = 0.0
+    margin: float = 0.0
     block: int = 4096
 
     def match(self, images: Features, pool: Features, own: Features | None = None) -> Match:
@@ -93,6 +80,6 @@ class CosineMatcher:
         found = nearest(images.pooled, pool.pooled, block=self.block)
         if own is None:
             return found
-        cosine = (F.normalize(images.pooled.float(), dim=1) * F.normalize(own.pooled.float(), dim=1)).sum(1)
-        stays = nearer(images.pooled, pool.pooled, cosine, block=self.block) <= self.keep * len(pool.pooled)
-        return Match(torch.where(stays, -1, found.index), torch.where(stays, 1 - cosine, found.distance))
+        distance = 1 - (F.normalize(images.pooled.float(), dim=1) * F.normalize(own.pooled.float(), dim=1)).sum(1)
+        stays = distance <= found.distance + self.margin
+        return Match(torch.where(stays, -1, found.index), torch.where(stays, distance, found.distance))

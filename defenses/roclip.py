@@ -29,8 +29,8 @@ class RoCLIP(Augmented):
         own: "drawn" (paper): an image's own caption competes only where the pool happens to hold it; "always" (ours): it always
             competes, so that in a robust epoch most clean pairs keep their captions while poisoned ones, whose caption fits the
             image no better than any other until it is learnt, mostly do not. Needs matched="caption".
-        keep: own="always": the own caption stays unless more than this share of the pool is nearer to the image (ours, 0). It is
-            about the share of poisoned pairs that slip through, too.
+        margin: own="always": the own caption stays unless the pool's best is nearer by more than this cosine (ours, 0). Larger keeps
+            more clean captions, and more poisoned ones.
     Limits: right after a robust epoch image-text cosines can collapse and recover one epoch later, so compare methods
         at an epoch of the same kind. Third parties report that structured triggers (patches, stripes) keep an attack
         success of 75-82 %. Differs from the released code: its pool is a ring buffer in loader order that starts as
@@ -42,7 +42,7 @@ class RoCLIP(Augmented):
     matched: Literal["embedding", "caption"] = "embedding"
     warmup: int = 0
     own: Literal["drawn", "always"] = "drawn"
-    keep: float = 0.0
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,8 +54,8 @@ class RoCLIP(Augmented):
             raise ValueError(f'matched={self.matched!r}: give "embedding" or "caption"')
         if self.own == "always" and self.matched != "caption":
             raise ValueError('own="always" needs matched="caption": a caption that stays is encoded again, not taken from the pool')
-        if not 0 <= self.keep < 1 or (self.keep and self.own != "always"):
-            raise ValueError(f'keep={self.keep}: give a share from 0 up to 1, and only with own="always"')
+        if not 0 <= self.margin < 2 or (self.margin and self.own != "always"):
+            raise ValueError(f'margin={self.margin}: give a cosine from 0 up to 2, and only with own="always"')
         share = isinstance(self.pool_size, float)
         if not (0 < self.pool_size < 1 if share else self.pool_size >= 2):
             raise ValueError(f"pool_size={self.pool_size}: give a share above 0 and below 1, or a whole number from 2")
@@ -66,4 +66,4 @@ class RoCLIP(Augmented):
     def matcher(self, epoch: int) -> Matcher | None:
         if not self.robust(epoch):
             return None
-        return CosineMatcher(self.pool_size, self.matched, own=self.own == "always", keep=self.keep)
+        return CosineMatcher(self.pool_size, self.matched, own=self.own == "always", margin=self.margin)

@@ -90,7 +90,7 @@ ATTACK = "both"
 # What small sets need instead of the paper's settings, measured on the scenes (docs/results.md). Views: at 64 px the paper's crops from
 # 8 % of the area, colour shifts, blur and word edits leave too little to learn in hundreds of steps. RoCLIP: the paper replaces every
 # caption in every second epoch; with thousands of pairs instead of a million that costs accuracy and still lets the plain epochs teach
-# the poison. When the own caption competes against a share of a large pool, nearly all clean captions stay and few poisoned ones do.
+# the poison. When the own caption competes, with a margin, nearly all clean captions stay and few poisoned ones do.
 VIEWS: Layer = {"defense.crop": 0.4, "defense.jitter": 0.4, "defense.gray": 0.1, "defense.blur": 0.0, "defense.eda": 0.0}
 TUNED: dict[tuple[str, str], Layer] = {
     ("augmented", "small"): VIEWS,
@@ -102,13 +102,12 @@ TUNED: dict[tuple[str, str], Layer] = {
         "defense.warmup": 2,
         "defense.matched": "caption",
         "defense.own": "always",
-        "defense.keep": 0.1,
-        "defense.pool_size": 0.5,
+        "defense.margin": 0.25,
     },
 }
 # How much poison shows at a scale: enough for the undefended model, as little as that.
 POISON: dict[tuple[str, str], Layer] = {
-    ("both", "small"): {"attack.targeted.copies": 4, "attack.blended.count": 60, "attack.blended.alpha": 0.3},
+    ("both", "small"): {"attack.targeted.copies": 5, "attack.blended.count": 60, "attack.blended.alpha": 0.25},
     ("both", "smoke"): {"attack.targeted.copies": 4, "attack.blended.count": 30},
 }
 

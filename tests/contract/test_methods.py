@@ -43,7 +43,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"every": 1, "pool_size": 8, "matched": "caption"},
         {"every": 3, "warmup": 4, "pool_size": 0.5},
         {"every": 1, "matched": "caption", "own": "always"},
-        {"every": 1, "matched": "caption", "own": "always", "keep": 0.2},
+        {"every": 1, "matched": "caption", "own": "always", "margin": 0.2},
     ],
 }
 ATTACKS = [(name, options) for name in plugins.BUILT_IN["attack"] for options in SETTINGS.get(name, [{}])]

@@ -31,7 +31,7 @@ TINY = (
     "defense.warmup=0",
     "defense.matched=embedding",
     "defense.own=drawn",
-    "defense.keep=0",
+    "defense.margin=0",
     "defense.pool_size=64",
     "cluster.threads=1",
 )
