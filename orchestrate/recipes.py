@@ -107,7 +107,7 @@ TUNED: dict[tuple[str, str], Layer] = {
 }
 # How much poison shows at a scale: enough for the undefended model, as little as that.
 POISON: dict[tuple[str, str], Layer] = {
-    ("both", "small"): {"attack.targeted.copies": 5, "attack.blended.count": 60, "attack.blended.alpha": 0.25},
+    ("both", "small"): {"attack.targeted.copies": 4, "attack.blended.count": 70, "attack.blended.alpha": 0.3},
     ("both", "smoke"): {"attack.targeted.copies": 4, "attack.blended.count": 30},
 }
 

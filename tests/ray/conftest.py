@@ -46,7 +46,8 @@ class Antidote:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "orchestrate", *words]
+        last = {word.partition("=")[0]: word for word in words}  # a test's own override replaces that of TINY
+        command = [sys.executable, "-m", "orchestrate", *last.values()]
         return subprocess.Popen(command, cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, *words: str, timeout: float = 300) -> tuple[int, str, str]:
