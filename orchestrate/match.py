@@ -131,12 +131,15 @@ class Rounds:
             self.execution = threading.Thread(target=self._guarded, args=(epochs, me), daemon=True)
             self.execution.start()
 
-    def publish(self, epoch: int, weights: list[Any]) -> None:
-        """Weights for a round, [reference]. A worker that repeats an epoch repeats its weights, so the first stand."""
+    def publish(self, epoch: int, weights: dict[str, Any]) -> None:
+        """Weights for a round, by value: put by this actor, they outlive the worker that sent them.
+
+        A worker that repeats an epoch repeats its weights, so the first stand.
+        """
         with self.change:
             if epoch not in self.states:
                 self.started[epoch] = time.monotonic()
-                self.states[epoch] = [weights[0], ray.put(self.pools[epoch].captions)]
+                self.states[epoch] = [ray.put(weights), ray.put(self.pools[epoch].captions)]
                 self.change.notify_all()
 
     def weights(self, epoch: int) -> list[Any]:

@@ -366,7 +366,7 @@ class Worker:
     def _round(self, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The pairing for this epoch, by reference; rank 0 hands out the weights."""
         if self.rank == 0:
-            self.rounds.publish.remote(epoch, [ray.put(self.learner.weights())])
+            self.rounds.publish.remote(epoch, self.learner.weights())
         try:
             done = ray.get(self.rounds.pairing.remote(epoch), timeout=self.timeout)
         except ray.exceptions.GetTimeoutError:
