@@ -60,6 +60,9 @@ class ClipOutput:
     image_tokens: Tensor | None = None  # (N, P, d)
     text_tokens: Tensor | None = None  # (N, L, d)
     text_mask: Tensor | None = None  # (N, L) bool
+    image_tokens_b: Tensor | None = None  # (N, P, d) of the second view, where the defence has `view_count` 2
+    text_tokens_b: Tensor | None = None  # (N, L', d)
+    text_mask_b: Tensor | None = None  # (N, L') bool
     robust: bool = False  # whether the text side comes from a pairing
 
 
@@ -93,6 +96,11 @@ class Defense:
     """
 
     needs_tokens = False  # class constant: whether `loss` reads token features
+
+    @property
+    def view_count(self) -> int:
+        """Augmented views of a batch that `loss` compares, 1 or 2. With 2, `augment` is called again with other keys."""
+        return 1
 
     def matcher(self, epoch: int) -> Matcher | None:
         """Not None: re-pair before this epoch (epochs count from 1)."""

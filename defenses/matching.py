@@ -1,4 +1,4 @@
-"""For each image its caption in a pool: the nearest by cosine.
+"""For each image its caption in a pool: the nearest by cosine; the nearest by transport is `transport_nearest`, from a file of its own.
 
 Similarities are computed in tiles, so memory is bounded by `block`², whatever the number of images and captions.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from defenses.base import Features, Match
+from defenses.transport_matching import transport_nearest as transport_nearest
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "clip": "defenses.base:Defense",
         "augmented": "defenses.augmented:Augmented",
         "roclip": "defenses.roclip:RoCLIP",
+        "otcclip": "defenses.otcclip:OTCCLIP",
     },
 }
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from defenses.augment import mix
 from defenses.base import Batch, ClipOutput, Defense, clip_loss
 from models import clip, encode, syncbn
 from orchestrate.recipe import Model, Recipe, Train
@@ -120,15 +121,18 @@ class Learner:
         return loss
 
     def _inputs(self, examples: Examples) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Pixels and token ids, a second view's behind the first's; and stored features where they stand for the captions."""
         pixels = torch.from_numpy(examples.images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last already
-        batch = self.defense.augment(Batch(pixels.float().div_(255), examples.captions, examples.keys))
-        images = resize(batch.images, self.image_side)
+        pixels = pixels.float().div_(255)
+        keys = [examples.keys, mix(examples.keys)][: self.defense.view_count]
+        views = [self.defense.augment(Batch(pixels, examples.captions, k)) for k in keys]
+        images = torch.cat([resize(view.images, self.image_side) for view in views])
         images = clip.normalise(images, self.mean, self.std)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if examples.matched is not None:
             return images, None, torch.from_numpy(np.array(examples.matched, np.float32)).to(self.device)
-        return images, clip.tokenize(self.cfg, batch.captions).to(self.device), None
+        return images, clip.tokenize(self.cfg, [c for view in views for c in view.captions]).to(self.device), None
 
     def _forward(self, inputs: tuple[Tensor, Tensor | None, Tensor | None]) -> list[Tensor | None]:
         images, ids, matched = inputs
@@ -138,8 +142,11 @@ class Learner:
                 stack.enter_context(torch.autocast(self.device.type, dtype=dtype))
             if self.device.type == "cpu":  # its flash kernel's backward takes a quarter of a step on captions of 16 tokens
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            image, text, scale, image_tokens, text_tokens, text_mask = self.towers(images, ids, self.defense.needs_tokens)
-        return [scale, image, matched if text is None else text, image_tokens, text_tokens, text_mask]
+            image, text, scale, *tokens = self.towers(images, ids, self.defense.needs_tokens)
+        rows = len(images) // self.defense.view_count
+        first = [matched if text is None else text[:rows], *(x if x is None else x[:rows] for x in tokens)]
+        second = [None if x is None or rows == len(images) else x[rows:] for x in tokens]
+        return [scale, image[:rows], *first, *second]
 
     def _accumulate(self, parts: Sequence[Any], robust: bool) -> Tensor:
         """Gradient of the global batch's loss in len(parts) passes.
@@ -170,11 +177,10 @@ class Learner:
         scale = next(m[0] for m in micro if m[0] is not None and (m[0].requires_grad or len(micro) == 1))
         if self.world > 1:  # value s, gradient 1/W of it (module docstring)
             scale = scale / self.world + (scale - scale / self.world).detach()
-        merged = [_join([m[k] for m in micro]) for k in range(1, 6)]
-        gathered = [gather(x, self.world, self.rank) for x in merged]
-        image, text, image_tokens, text_tokens, text_mask = gathered
+        merged = [_join([m[k] for m in micro]) for k in range(1, len(micro[0]))]
+        image, text, i, t, mask, i_b, t_b, mask_b = (gather(x, self.world, self.rank) for x in merged)
         assert image is not None and text is not None
-        return ClipOutput(image, text, scale, image_tokens, text_tokens, text_mask, robust)
+        return ClipOutput(image, text, scale, i, t, mask, i_b, t_b, mask_b, robust)
 
     def weights(self) -> dict[str, np.ndarray]:
         """The model's state as numpy arrays on the CPU: what matching actors load."""

@@ -45,6 +45,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"every": 1, "matched": "caption", "own": "always"},
         {"every": 1, "matched": "caption", "own": "always", "margin": 0.2},
     ],
+    "otcclip": [
+        {},
+        {"every": 1, "pool_size": 8, "epsilon": 0.0, "weight": 0.0, "negatives": 0, "beta": 0.0, "align": "always"},
+        {"every": 3, "matched": "embedding", "alpha": 0.0, "beta": 0.0, "approximate": 4},
+        {"every": 1, "own": "always", "margin": 0.05},
+    ],
 }
 ATTACKS = [(name, options) for name in plugins.BUILT_IN["attack"] for options in SETTINGS.get(name, [{}])]
 DEFENSES = [(name, options) for name in plugins.BUILT_IN["defense"] for options in SETTINGS.get(name, [{}])]
@@ -300,6 +306,9 @@ def test_the_loss_is_a_finite_number_with_a_gradient(defense, robust):
     if defense.needs_tokens:
         tokens = features(8, 3, True), features(8, 4, True)
         more = {"image_tokens": tokens[0].tokens, "text_tokens": tokens[1].tokens, "text_mask": tokens[1].mask}
+        if defense.view_count == 2:
+            other = features(8, 3, True), features(8, 5, True)
+            more |= {"image_tokens_b": other[0].tokens, "text_tokens_b": other[1].tokens, "text_mask_b": other[1].mask}
     out = ClipOutput(F.normalize(image, dim=1), F.normalize(text, dim=1), scale, robust=robust, **more)
     loss = defense.loss(out, clip_loss)
     assert loss.shape == () and loss.isfinite()

@@ -50,6 +50,26 @@ class TokenLoss(Defense):
 
 
 @dataclass(frozen=True)
+class ViewLoss(Augmented):
+    """A loss that compares the tokens of two views."""
+
+    needs_tokens = True
+
+    @property
+    def view_count(self) -> int:
+        return 2
+
+    def loss(self, out: ClipOutput, base: LossFn) -> Tensor:
+        places = (out.image_tokens.mean(1) * out.image_tokens_b.mean(1)).sum(1)
+        words = [(t * m[:, :, None]).sum(1) / m.sum(1, keepdim=True) for t, m in _sides(out)]
+        return base(out) - places.mean() - (words[0] * words[1]).sum(1).mean()
+
+
+def _sides(out: ClipOutput) -> list[tuple[Tensor, Tensor]]:
+    return [(out.text_tokens, out.text_mask), (out.text_tokens_b, out.text_mask_b)]
+
+
+@dataclass(frozen=True)
 class Case:
     model: str
     defense: Defense = NO_DEFENSE
@@ -63,6 +83,8 @@ CASES = {
     "convolutions with batch norm, augmented views of larger pictures": Case("tiny-rn", Augmented(), size=48),
     "a robust step on stored features": Case("tiny-rn", RoCLIP(), matched=True, robust=True),
     "a robust loss on tokens": Case("tiny-rn", TokenLoss(), robust=True),
+    "two views": Case("tiny-rn", ViewLoss(eda=0.3)),
+    "two views in micro-batches": Case("tiny-vit", ViewLoss(eda=0.3), dataclasses.replace(SMOOTH, accumulate=2)),
     "a transformer, with a bound on the gradient": Case("tiny-vit", train=dataclasses.replace(SMOOTH, clip_norm=0.05)),
     "a robust step on stored features in micro-batches": Case(
         "tiny-vit", RoCLIP(image_augment=False), dataclasses.replace(SMOOTH, accumulate=2), matched=True, robust=True
