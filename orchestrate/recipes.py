@@ -44,8 +44,8 @@ SCALES: dict[str, Scale] = {
     ),
     "small": Scale(
         "attack and defence both show, on scenes or any set of 5,000–50,000 pairs",
-        "3–10 min on 2 cores",
-        {"data.size": 4000, "data.heldout": 1400, "train.batch": 128, "train.epochs": 16},
+        "3–5 min on 2 cores",
+        {"data.size": 6000, "data.heldout": 1400, "train.batch": 128, "train.epochs": 20},
     ),
     "paper": Scale(
         "RoCLIP's published setting: RN50, 224 px, 1 M pairs, 24 epochs; give data=…",
@@ -75,6 +75,7 @@ METHODS: dict[str, Part] = {
     "clip": Part("no defence, no augmentation: the undefended model", {"defense": "clip"}),
     "augmented": Part("RoCLIP's augmentations without its matching: the fair baseline", {"defense": "augmented"}),
     "roclip": Part("RoCLIP: nearest caption of a random pool, every second epoch", {"defense": "roclip"}),
+    "otcclip": Part("OTCCLIP: the same by optimal transport between patches and words, which the loss aligns too", {"defense": "otcclip"}),
 }
 
 ATTACKS: dict[str, Part] = {
@@ -99,7 +100,7 @@ TUNED: dict[tuple[str, str], Layer] = {
     ("roclip", "small"): {
         **VIEWS,
         "defense.every": 1,
-        "defense.warmup": 2,
+        "defense.warmup": 4,
         "defense.matched": "caption",
         "defense.own": "always",
         "defense.margin": 0.25,
@@ -107,7 +108,7 @@ TUNED: dict[tuple[str, str], Layer] = {
 }
 # How much poison shows at a scale: enough for the undefended model, as little as that.
 POISON: dict[tuple[str, str], Layer] = {
-    ("both", "small"): {"attack.targeted.copies": 4, "attack.blended.count": 70, "attack.blended.alpha": 0.3},
+    ("both", "small"): {"attack.targeted.copies": 5, "attack.blended.count": 90, "attack.blended.alpha": 0.25},
     ("both", "smoke"): {"attack.targeted.copies": 4, "attack.blended.count": 30},
 }
 
