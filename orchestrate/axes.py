@@ -146,6 +146,7 @@ def read(bases: Mapping[str, Make], words: Sequence[str]) -> Space:
             raise ValueError(f"{path} does not change what a run computes, so it is no axis: give it one value.")
         else:
             axes[path] = found
+    _uses(bases, fixed, axes)  # an unknown method is told now, not after the first hundred recipes
     order = {path: i for i, key in enumerate(given) for path in (key, key + "." + LEAD.get(key, ""))}
     return Space(bases, fixed, tuple(sorted(axes.values(), key=lambda axis: order.get(axis.path, -1))))
 

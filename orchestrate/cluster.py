@@ -17,6 +17,17 @@ EXCLUDE = ["/.git", "/.venv", "/runs", "/tests", "/docs", "/benchmarks", "/deplo
 # Read by the driver and the train controller when ray.train is imported: a report is seen within 0.3 s instead of 2 s.
 ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+# Read by Tune in a sweep's driver: no files of its own beside ours, Ctrl-C is ours, a trial stays in the directory it is sent to.
+TUNE = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
 
 def runtime_env() -> dict[str, Any]:
     """What every job ships: our four rooms, first on the path, so that no other `models` can be meant."""
@@ -27,8 +38,11 @@ def runtime_env() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def connected(cluster: Cluster) -> Iterator[dict[str, float]]:
-    """A Ray session for the length of the block; yields the cluster's resources. An existing session is used and left."""
+def connected(cluster: Cluster, dashboard: bool = False) -> Iterator[dict[str, float]]:
+    """A Ray session for the length of the block; yields the cluster's resources. An existing session is used and left.
+
+    A sweep needs the `dashboard`: Ray Train asks it which placement groups have lost their owner, and frees a stopped trial's.
+    """
     os.environ.update(ENVIRONMENT)
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
@@ -40,7 +54,7 @@ def connected(cluster: Cluster) -> Iterator[dict[str, float]]:
                 address=cluster.address or "local",
                 namespace="antidote",
                 runtime_env=runtime_env(),
-                include_dashboard=False if not cluster.address else None,
+                include_dashboard=dashboard if not cluster.address else None,
                 log_to_driver=bool(os.environ.get("ANTIDOTE_RAY_LOGS")),
                 logging_level=logging.ERROR,
             )

@@ -17,7 +17,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,18 @@ NOTE_S = 0.5  # seconds between two progress notes
 STATE = "state.pt"
 
 
-def fit(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
+def fit(recipe: Recipe, *, force: bool = False, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run a recipe to its end and return its result.json. A finished identity is returned as it is, unless `force`.
 
-    Interrupted anywhere, the same call goes on from the last checkpoint. ValueError for what the user can mend.
+    Interrupted anywhere, the same call goes on from the last checkpoint. `tags` join the run's own in MLflow. ValueError for what
+    the user can mend.
     """
     done = rundir.finished(recipe)
     if done and not force:
         return done
     with rundir.claimed(recipe, fresh=force) as folder:
-        tracker = Tracker.start(
-            folder, recipe.track.uri, recipe.track.experiment or recipe.name, rundir.parameters(recipe), rundir.tags(recipe)
-        )
+        told = rundir.tags(recipe) | dict(tags or {})
+        tracker = Tracker.start(folder, recipe.track.uri, recipe.track.experiment or recipe.name, rundir.parameters(recipe), told)
         try:
             result = _run(recipe, folder, tracker)
         except BaseException as error:
@@ -124,7 +124,25 @@ def read_images(recipe: Recipe, dataset: Dataset, streaming: bool) -> tuple[Data
     return dataset, None if streaming else held
 
 
-_WARM: dict[Any, Any] = {}  # the last set decoded in this session: runs of one sweep or demo share it
+_WARM: dict[Any, Any] = {}  # the last set decoded in this session: runs of one demo share it, and `lend` hands it to a sweep's trials
+
+
+def decoded(recipe: Recipe) -> dict[Any, Any]:
+    """Read a recipe's set in this process for others to `lend`; it lives as long as this process holds what is returned.
+
+    Empty for a set that streams: that one is checked now, so that nobody else has to.
+    """
+    with Phase("data") as phase:
+        dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
+    streaming = prepared.streams(recipe, dataset)
+    read_images(recipe, dataset, streaming)
+    return {} if streaming else dict(_WARM)
+
+
+def lend(sets: Mapping[Any, Any]) -> None:
+    """Take over sets that another process of this session has `decoded`. The pixels stay where they are, one copy a node."""
+    here = ray.get_runtime_context().get_node_id()
+    _WARM.update({(here, *key[1:]): held for key, held in sets.items()})
 
 
 def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None) -> list[tuple[int, str]]:
