@@ -11,6 +11,7 @@ from orchestrate import axes, sweeps
 from orchestrate.recipe import Resolved
 
 if TYPE_CHECKING:
+    from orchestrate import compare
     from orchestrate.sweepdir import Asking
 
 Verb = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]
@@ -32,6 +33,16 @@ def add(verb: Verb, source: Source) -> None:
     sweep.add_argument("--concurrent", type=int, default=0, help="at most so many trials at once (default: as many as fit)")
     sweep.add_argument("--resume", action="store_true", help="only go on with what was begun; RECIPE may be the sweep's directory")
     sweep.add_argument("--dry", action="store_true", help="list the trials and stop")
+    compare = verb("compare", _compare, "runs and sweeps side by side: means over seeds with intervals; tables, plots, a page")
+    compare.add_argument("runs", nargs="+", help="directories of runs and sweeps")
+    compare.add_argument("--by", default="", metavar="PATHS", help="lines of the table, by comma (default: all that varies but the seed)")
+    compare.add_argument("--metric", default="", metavar="METRICS", help="columns, by comma (default: accuracy, attack success, time)")
+    compare.add_argument("--format", default="text", help="text, csv, markdown or latex (default: text)")
+    compare.add_argument("--out", default="", help="folder for table.csv, .md and .tex, plots as PDF and PNG, and report.html")
+    advise = verb("recommend", _recommend, "the cheapest setting of a sweep that keeps to a limit, and why")
+    advise.add_argument("sweep", help="directory of a sweep or a run")
+    advise.add_argument("conditions", nargs="+", metavar="CONDITION", help="such as 'asr<=0.125' or 'zeroshot/top1>=40%%'")
+    advise.add_argument("--cost", default="seconds", metavar="METRIC", help="what is paid: seconds, or a utility to lose least of")
 
 
 def _sweep(args: argparse.Namespace, source: Source) -> None:
@@ -43,6 +54,50 @@ def _sweep(args: argparse.Namespace, source: Source) -> None:
 
     folder = run_sweep(asking, space, fresh=not args.resume)
     print(f"sweep: {folder}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from orchestrate import compare, measure
+
+    folders = [Path(run) for run in args.runs]
+    runs = compare.load(folders)
+    by = [compare.check_path(path, runs) for path in _listed(args.by)] or compare.varying(runs)
+    names = [measure.check(name, compare.known(runs)) for name in _listed(args.metric)] or compare.metrics(runs)
+    if args.format not in compare.FORMATS:
+        raise ValueError(f"--format {args.format}: choose one of {', '.join(compare.FORMATS)}.")
+    groups = compare.group(runs, by)
+    print(compare.table(groups, names, args.format))
+    if args.format == "text" and (note := compare.averaged(runs, by)):
+        print(f"\n{note}")
+    if args.out:
+        for file in _written(Path(args.out), folders, runs, groups, names, _listed(args.by)):
+            print(f"wrote {file}")
+
+
+def _written(
+    out: Path, folders: list[Path], runs: list[compare.Run], groups: list[compare.Group], names: list[str], by: list[str]
+) -> list[Path]:
+    """Every form of the comparison, in a folder."""
+    from orchestrate import compare, compare_page, compare_plots
+
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / "table.csv", out / "table.md", out / "table.tex"]
+    for file, form in zip(files, ("csv", "markdown", "latex"), strict=True):
+        file.write_text(compare.table(groups, names, form) + "\n")
+    harm = next((name for name in names if name.startswith("asr")), compare_plots.HARM)
+    files += compare_plots.save(compare_plots.Figures(runs, harm=harm, by=by), out)
+    return [*files, compare_page.write(folders, out / "report.html", compare_page.USUAL, runs, by)]
+
+
+def _recommend(args: argparse.Namespace) -> None:
+    from orchestrate import compare, recommend
+
+    conditions = [recommend.condition(text) for text in args.conditions]
+    print(recommend.recommend(compare.load([Path(args.sweep)]), conditions, args.cost).sentence)
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _asking(args: argparse.Namespace) -> Asking:

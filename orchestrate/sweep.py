@@ -90,13 +90,23 @@ class _Sweep:
             raise
         finally:
             self.board.summary()
-            self.tracker.finish(status, [self.folder / name for name in (sweepdir.SWEEP, sweepdir.TRIALS)])
+            self._page()
+            names = (sweepdir.SWEEP, sweepdir.TRIALS, "report.html")
+            self.tracker.finish(status, [self.folder / name for name in names if (self.folder / name).exists()])
+
+    def _page(self) -> None:
+        """report.html of what there is."""
+        from orchestrate import compare, compare_page
+
+        if sweepdir.runs(self.folder):
+            page = self.folder / "report.html"
+            compare_page.write([self.folder], page, compare_page.USUAL, compare.load([self.folder]))
 
     def _run(self) -> None:
         source, waiting = self._source()
         if not waiting:
             return
-        self.board.say(f"sweep {self.asking.name}: {source.total} trials by {self.options.search}, in {self.folder}")
+        self.board.say(f"sweep {self.asking.name}: {source.total} to run by {self.options.search}, in {self.folder}")
         with cluster.connected(self.first.cluster, dashboard=True):
             self.board.slots = self._slots(waiting)
             sets = _lent([t.recipe for t in waiting])
