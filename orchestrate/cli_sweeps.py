@@ -85,8 +85,9 @@ def _written(
     for file, form in zip(files, ("csv", "markdown", "latex"), strict=True):
         file.write_text(compare.table(groups, names, form) + "\n")
     harm = next((name for name in names if name.startswith("asr")), compare_plots.HARM)
-    files += compare_plots.save(compare_plots.Figures(runs, harm=harm, by=by), out)
-    return [*files, compare_page.write(folders, out / "report.html", compare_page.USUAL, runs, by)]
+    advice = compare_page.advised(runs)
+    files += compare_plots.save(compare_plots.Figures(runs, harm=harm, chosen=advice.setting if advice else None, by=by), out)
+    return [*files, compare_page.write(folders, out / "report.html", runs, by)]
 
 
 def _recommend(args: argparse.Namespace) -> None:

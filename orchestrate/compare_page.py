@@ -10,7 +10,7 @@ from typing import Any
 from orchestrate import compare_plots, journal, measure, sweepdir
 from orchestrate.compare import Run, averaged, cell, group, metrics, varying
 from orchestrate.compare_plots import Figures
-from orchestrate.recommend import Condition, recommend, said
+from orchestrate.recommend import Advice, Condition, recommend, said
 from orchestrate.report_text import duration
 
 USUAL = (Condition("asr", below=True, limit=0.125),)  # what the page recommends for unless told otherwise
@@ -21,15 +21,20 @@ CAPTIONS = {
 }
 
 
-def write(folders: Sequence[Path], out: Path, conditions: Sequence[Condition], runs: Sequence[Run], by: Sequence[str] = ()) -> Path:
+def advised(runs: Sequence[Run], conditions: Sequence[Condition] = USUAL) -> Advice | None:
+    """What to take by the conditions on what was measured; None where nothing was."""
+    measured = [c for c in conditions if any(measure.value(run.result, c.metric) is not None for run in runs)]
+    return recommend(runs, measured) if measured else None
+
+
+def write(folders: Sequence[Path], out: Path, runs: Sequence[Run], by: Sequence[str] = ()) -> Path:
     """The page of these runs and sweeps. `by`: the table's lines, everything that varies unless given."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     loader = FileSystemLoader(Path(__file__).parent)
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    measured = [c for c in conditions if any(measure.value(r.result, c.metric) is not None for r in runs)]
-    advice = recommend(runs, measured) if measured else None
+    advice = advised(runs)
     lines, names = list(by) or varying(runs), metrics(runs)
     figures = compare_plots.drawings(Figures(runs, chosen=advice.setting if advice else None, by=by))
     events = [event for folder in folders if sweepdir.is_sweep(folder) for event in sweepdir.events(folder).values()]

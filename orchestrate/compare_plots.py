@@ -77,8 +77,9 @@ def _heat(figures: Figures) -> Figure | None:
     figure = Figure(figsize=(1.2 + 3.1 * len(panels), 0.5 + 2.5 * len(metrics)), layout="constrained")
     grid = figure.subplots(len(metrics), len(panels), squeeze=False)
     for row, metric in zip(grid, metrics, strict=True):
+        limits = _limits(panels, axes_of, metric)
         for axes, (title, some) in zip(row, panels, strict=True):
-            _heat_map(axes, some, axes_of, metric)
+            _heat_map(axes, some, axes_of, metric, limits)
             axes.set_title(f"{said(metric)}{', ' * bool(title)}{title}", fontsize=9.5)
     return figure
 
@@ -92,15 +93,22 @@ def _panels(runs: Sequence[Run], axes_of: tuple[str, str]) -> list[tuple[str, Se
     return [(g.label, g.runs) for g in groups] if len(groups) <= PANELS else [("", runs)]
 
 
-def _heat_map(axes: Axes, runs: Sequence[Run], axes_of: tuple[str, str], metric: str) -> None:
+def _limits(panels: Sequence[tuple[str, Sequence[Run]]], axes_of: tuple[str, str], metric: str) -> tuple[float, float]:
+    """The ends of the colours, alike in all panels: 0 and 1 for what is bad, so that green is good, else the values' own."""
+    if is_share(metric) and measure.lower_is_better(metric):
+        return 0.0, 1.0
+    found = [e.mean for _, runs in panels for g in group(runs, axes_of) if (e := g.estimate(metric))]
+    return min(found, default=0.0), max(found, default=1.0)
+
+
+def _heat_map(axes: Axes, runs: Sequence[Run], axes_of: tuple[str, str], metric: str, limits: tuple[float, float]) -> None:
     """Rows: the first path's values; columns: the second's; a number in each cell, grey where nothing was measured."""
     ys, xs = (sorted({run.at(path) for run in runs} - {MISSING}, key=order) for path in axes_of)
     known = {tuple(g.at.values()): g.estimate(metric) for g in group(runs, axes_of)}
     cells = [[known.get((y, x)) for x in xs] for y in ys]
     numbers = [[float("nan") if e is None else e.mean for e in row] for row in cells]
-    bad = measure.lower_is_better(metric)
-    limits = {"vmin": 0, "vmax": 1} if is_share(metric) and bad else {}
-    axes.imshow(numbers, cmap="RdYlGn_r" if bad else "RdYlGn", aspect="auto", alpha=0.75, **limits)  # type: ignore[arg-type]
+    colors = "RdYlGn_r" if measure.lower_is_better(metric) else "YlGn"
+    axes.imshow(numbers, cmap=colors, aspect="auto", alpha=0.75, vmin=limits[0], vmax=limits[1])
     for i, row in enumerate(cells):
         for k, e in enumerate(row):
             text = MISSING if e is None else f"{100 * e.mean:.0f} %" if is_share(metric) else f"{e.mean:.3g}"
@@ -130,7 +138,7 @@ def _by_poison(figures: Figures) -> Figure | None:
     for i, (g, points) in enumerate(lines[:LINES]):
         color, style = PALETTE[i % len(PALETTE)], LINE_STYLES[i // len(PALETTE) % len(LINE_STYLES)]
         x, mean = [p[0] for p in points], [p[1] for p in points]
-        axes.plot(x, mean, color=color, linestyle=style, marker="o", markersize=4, linewidth=1.8, label=g.label)
+        axes.plot(x, mean, color=color, linestyle=style, marker="o", markersize=4, linewidth=1.8, label=short(g))
         axes.fill_between(x, [p[2] for p in points], [p[3] for p in points], color=color, alpha=0.12, linewidth=0)
     axes.set_xlabel("poisoned pairs")
     axes.set_xscale("log" if min(p[0] for _, points in lines for p in points) > 0 else "linear")
@@ -172,6 +180,7 @@ def _front(figures: Figures) -> Figure | None:
 
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     axes = figure.subplots()
+    named: set[tuple[float, float]] = set()
     for g in every:
         u, h = g.estimate(figures.utility), g.estimate(figures.harm)
         assert u is not None and h is not None
@@ -179,14 +188,22 @@ def _front(figures: Figures) -> Figure | None:
         color = PALETTE[3] if chosen else PALETTE[2] if g in best else PALETTE[5]
         mark: Any = {"fmt": "*", "markersize": 11} if chosen else {"fmt": "o", "markersize": 5}
         axes.errorbar(h.mean, u.mean, _spread(u), _spread(h), color=color, elinewidth=0.7, **mark)
-        if g in best or chosen:
-            axes.annotate(g.label, (h.mean, u.mean), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        if (g in best or chosen) and (u.mean, h.mean) not in named:
+            named.add((u.mean, h.mean))
+            axes.annotate(short(g), (h.mean, u.mean), xytext=(6, 6), textcoords="offset points", fontsize=8)
     line = [(h.mean, u.mean) for g in best if (u := g.estimate(figures.utility)) and (h := g.estimate(figures.harm))]
     axes.plot([x for x, _ in line], [y for _, y in line], color=PALETTE[2], linewidth=1.2, alpha=0.6, drawstyle="steps-post", zorder=0)
     _share(axes, "x", f"{said(figures.harm)}  (less is better)")
     axes.set_ylabel(said(figures.utility))
     axes.grid(axis="y")
     return figure
+
+
+def short(g: Group) -> str:
+    """`every=1 pool_size=0.02`: a label without the sections, where the last words tell the paths apart."""
+    ends = [path.rpartition(".")[2] for path in g.at]
+    names = ends if len(set(ends)) == len(ends) else list(g.at)
+    return " ".join(f"{name}={value}" for name, value in zip(names, g.at.values(), strict=True) if value != MISSING) or g.label
 
 
 def _spread(e: Estimate) -> list[list[float]]:

@@ -100,7 +100,7 @@ class _Sweep:
 
         if sweepdir.runs(self.folder):
             page = self.folder / "report.html"
-            compare_page.write([self.folder], page, compare_page.USUAL, compare.load([self.folder]))
+            compare_page.write([self.folder], page, compare.load([self.folder]))
 
     def _run(self) -> None:
         source, waiting = self._source()

@@ -143,7 +143,10 @@ def test_a_condition_is_read():
 
 
 def test_the_cheapest_that_holds_under_every_poison(runs):
-    """At 300 poisons: every=1 has 3–5 hits of 100 (bound 6.5 %), every=2 has 12–14 (15.5 %), every=4 has 48–50. Cost 40 + 20/every + 100·pool."""
+    """At 300 poisons: every=1 has 3–5 hits of 100 (bound under 7 %), every=2 has 12–14 (17 %), every=4 has 48–50.
+
+    Cost: 40 + 20 / every + 100 · pool_size seconds.
+    """
     advice = recommend.recommend(runs, [condition("asr<=0.2")])
     assert advice.setting is not None and advice.setting.at == {"defense.every": "2", "defense.pool_size": "0.005"}
     assert "50.5 s a run" in advice.sentence and "of 9 settings 6 will do" in advice.sentence
@@ -153,7 +156,7 @@ def test_the_cheapest_that_holds_under_every_poison(runs):
 
 
 def test_the_bound_decides_and_not_the_mean(runs):
-    """every=2 at 300 poisons: the mean is 13 %, the bound 15.5 %."""
+    """every=2 at 300 poisons: the mean is 13 %, the bound 17 %."""
     advice = recommend.recommend(runs, [condition("asr<=0.14")])
     assert advice.setting is not None and advice.setting.at["defense.every"] == "1"
 
@@ -212,7 +215,7 @@ def test_compare_writes_all_of_it(sweep, tmp_path, capsys):
 def test_a_page_without_attack_recommends_nothing(tmp_path):
     found = sweeping.trials(("train.epochs=1,2", "seed=0"), "clip-clean-smoke")
     folder = sweeping.write(tmp_path / "runs", found, lambda values: {"zeroshot/top1": 0.5, "seconds/train": 1.0})
-    page = compare_page.write([folder], tmp_path / "page.html", compare_page.USUAL, compare.load([folder])).read_text()
+    page = compare_page.write([folder], tmp_path / "page.html", compare.load([folder])).read_text()
     assert 'id="advice"' not in page and "train.epochs" in page
 
 
