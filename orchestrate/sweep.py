@@ -281,7 +281,7 @@ def run_trial(config: dict[str, str], spec: dict[str, Any]) -> None:
     os.chdir(spec["cwd"])  # a recipe's relative paths mean the user's directory
     recipe = recipes.from_dict(json.loads(config["recipe"])).recipe
     train.lend(spec["sets"])
-    end = {"epoch": recipe.train.epochs + 1, "early": -math.inf}
+    end = {"epoch": recipe.train.epochs}
     try:
         with _early(recipe, spec["early"]):
             result = _unlocked(recipe, spec["tags"])
@@ -290,7 +290,8 @@ def run_trial(config: dict[str, str], spec: dict[str, Any]) -> None:
             raise
         tune.report({**end, "state": FAILED, "reason": str(error)[-1000:]})
         return
-    tune.report({**end, "state": DONE, "result": json.dumps(result)})
+    last = {"early": float(result[spec["early"]])} if spec["early"] in result else {}
+    tune.report({**end, **last, "state": DONE, "result": json.dumps(result)})
 
 
 def _unlocked(recipe: Recipe, tags: Mapping[str, str]) -> dict[str, Any]:
@@ -321,8 +322,8 @@ def _early(recipe: Recipe, metric: str) -> Iterator[None]:
         best, seen = -math.inf, 0
         while not stop.wait(POLL_S):
             for record in journal.read(file):
-                if record.get("kind") == "eval" and seen < record["epoch"] < recipe.train.epochs:
-                    best, seen = max(best, float(record.get(metric, -math.inf))), record["epoch"]
+                if record.get("kind") == "eval" and seen < record["epoch"] < recipe.train.epochs and metric in record:
+                    best, seen = max(best, float(record[metric])), record["epoch"]
                     tune.report({"epoch": seen, "early": best})
 
     thread = threading.Thread(target=watch, daemon=True)
