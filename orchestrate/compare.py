@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,14 +185,15 @@ def table(groups: Sequence[Group], names: Sequence[str], form: str = "text") -> 
 
 
 def cell(found: Estimate | None, metric: str) -> str:
-    """`6.2 % [1.1, 28.3]`, `41.2 s [38.0, 44.4]`."""
+    """`6.2 % [1.1, 28.3]`, `41.2 s [38.0 s, 44.4 s]`."""
     if found is None:
         return MISSING
     if is_share(metric):
         ends = "" if found.low is None or found.high is None else f" [{100 * found.low:.1f}, {100 * found.high:.1f}]"
         return f"{100 * found.mean:.1f} %{ends}"
-    ends = "" if found.low is None or found.high is None else f" [{found.low:.4g}, {found.high:.4g}]"
-    return (duration(found.mean) if metric.startswith(measure.SECONDS) else f"{found.mean:.4g}") + ends
+    form: Callable[[float], str] = duration if metric.startswith(measure.SECONDS) else "{:.4g}".format
+    ends = "" if found.low is None or found.high is None else f" [{form(found.low)}, {form(found.high)}]"
+    return form(found.mean) + ends
 
 
 def _csv(groups: Sequence[Group], names: Sequence[str]) -> str:

@@ -71,6 +71,7 @@ class _Sweep:
         self.asking, self.options, self.folder, self.first = asking, asking.options, folder, first
         self.space, self.trials = space, trials
         self.open: dict[str, Trial] = {}  # identity → a trial that Tune has
+        self.past = sweepdir.events(folder)  # what an earlier driver of this sweep left
         self.uri = mlflow_uri.resolve(first.track.uri, folder.parent)
         self.experiment = first.track.experiment or asking.name
         self.board = Board(asking.name, len(trials), 1, self.options.maximize, self.options.minimize)
@@ -127,7 +128,7 @@ class _Sweep:
             asked = search.Asked(self.space, self.options, self.folder, self.known)
             self.board.total = asked.total
             return asked, axes.sample(self.space, 5)
-        waiting = [trial for trial in self.trials if self.known(trial) is None]
+        waiting = [trial for trial in self.trials if self.known(trial) is None and not self._given_up(trial)]
         return search.Listed(waiting), waiting
 
     def known(self, trial: Trial) -> Mapping[str, Any] | None:
@@ -136,6 +137,14 @@ class _Sweep:
         if result is not None and trial.recipe.identity not in self.board.ended:
             self.ended(trial, SKIPPED, result)
         return result
+
+    def _given_up(self, trial: Trial) -> bool:
+        """ASHA has stopped the trial before a kill: it stays stopped."""
+        before = self.past.get(trial.recipe.identity)
+        if not self.options.asha or before is None or before.state != STOPPED:
+            return False
+        self.board.end(before, None)
+        return True
 
     def _slots(self, waiting: Sequence[Trial]) -> int:
         """Trials at once, printed with the reason."""
@@ -210,7 +219,9 @@ class _Sweep:
         run = Path(str(result["run"])).name if result else trial.recipe.directory
         seconds = time.monotonic() - self.board.running.get(identity, time.monotonic())
         event = Event(identity, state, run, dict(trial.changed), reason, round(seconds, 2))
-        sweepdir.note(self.folder, event)
+        before = self.past.get(identity)
+        if state != SKIPPED or before is None or before.state not in sweepdir.FINISHED:  # `done` by this sweep stays `done`
+            sweepdir.note(self.folder, event)
         self.board.end(event, result)
         if state != SKIPPED:
             told = {k: sum(e.state == k for e in self.board.ended.values()) for k in (DONE, SKIPPED, FAILED, STOPPED)}
@@ -378,9 +389,10 @@ def _lent(waiting: Sequence[Recipe]) -> dict[Any, Any]:
         if (key := json.dumps([tree["data"], prepared.stored_side(recipe)])) in seen or room <= 0:
             continue
         seen.add(key)
-        for name, (bad, held) in train.decoded(recipe).items():
-            room -= ray.get(held[0]).nbytes if name not in sets else 0
-            sets.setdefault(name, (bad, held))
+        with contextlib.suppress(ValueError, OSError):  # a set that cannot be read is its trials' failure, not the sweep's
+            for name, (bad, held) in train.decoded(recipe).items():
+                room -= ray.get(held[0]).nbytes if name not in sets else 0
+                sets.setdefault(name, (bad, held))
     return sets
 
 

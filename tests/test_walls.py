@@ -17,18 +17,8 @@ FILES = sorted(str(f.relative_to(ROOT)) for room in ROOMS for f in (ROOT / room)
 RAY = {"orchestrate/cluster.py", "orchestrate/match.py", "orchestrate/train.py", "orchestrate/sweep.py"}
 MLFLOW = {"orchestrate/track.py"}
 DOOR = {"models/torchvision_door.py"}
-QUICK = (
-    "__init__",
-    "__main__",
-    "recipe",
-    "recipes",
-    "values",
-    "plugins",
-    "axes",
-    "sweeps",
-    "cli",
-    "cli_sweeps",
-)  # what `antidote --help` and `antidote ls` read
+# What `antidote --help` and `antidote ls` read.
+QUICK = ("__init__", "__main__", "recipe", "recipes", "values", "plugins", "axes", "sweeps", "cli", "cli_sweeps")
 MAY = {
     "attacks": {"numpy", "pyarrow", "PIL"},
     "defenses": {"numpy", "torch", "ot", "scipy"},
