@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,30 @@ def preflight(cluster: Cluster, matching: bool, streaming: bool, has: dict[str, 
             where = f"the cluster at {cluster.address}" if cluster.address else "this machine"
             mend = _mend(cluster, matching, streaming, kind, there)
             raise ValueError(f"{plan(cluster, matching, streaming)}, but {where} has {there:g} {kind}. {mend}")
+
+
+def slots(c: Cluster, matching: bool, streaming: bool, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many runs the nodes (their resources) hold completely at once, largest pieces first, each piece on one node; at least 1.
+
+    Runs that are all in place wait for nobody, so there is no deadlock; one too many could hold a worker and wait for its matching
+    actor while another does the same.
+    """
+    pieces = [(c.cpus, c.gpus)] * c.workers + [(c.match_cpus, c.match_gpus)] * (c.match_actors if matching else 0)
+    pieces = sorted([*pieces, *([(1.0, 0.0)] if streaming else [])], reverse=True)
+    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
+    count = 0
+    while all(_place(piece, free) for piece in pieces):
+        count += 1
+    return max(1, count)
+
+
+def _place(piece: tuple[float, float], free: list[list[float]]) -> bool:
+    for node in free:
+        if all(has + 1e-6 >= wants for has, wants in zip(node, piece, strict=True)):
+            node[0] -= piece[0]
+            node[1] -= piece[1]
+            return True
+    return False
 
 
 def _mend(cluster: Cluster, matching: bool, streaming: bool, kind: str, there: float) -> str:

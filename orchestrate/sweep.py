@@ -4,7 +4,7 @@
     trial × n a Tune actor that holds no CPU: fit(recipe) → Rounds, TrainController, workers, matching actors, as `antidote run` does
 
 What a trial needs is taken by its own workers and actors, so Tune is told nothing of CPUs (a trial that held the CPU its worker waits
-for would wait for ever). Instead only so many trials run at once as the nodes can hold completely, counted by `slots`.
+for would wait for ever). Instead only so many trials run at once as the nodes can hold completely, counted by `cluster.slots`.
 
 Nothing is restored from Tune. A finished run is known by its result.json and a begun one by its checkpoint, so after kill -9 the same
 sweep skips the first and `fit` goes on with the second. Only Optuna's memory is kept beside (search.Asked).
@@ -153,7 +153,7 @@ class _Sweep:
         for c, matching, streaming in plans:
             cluster.preflight(c, matching, streaming, has)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        counted = {plan: slots(*plan, nodes) for plan in plans}
+        counted = {plan: cluster.slots(*plan, nodes) for plan in plans}
         plan = min(counted, key=lambda plan: counted[plan])
         fit, limit = counted[plan], self.options.concurrent
         at_once = min(fit, limit) if limit else fit
@@ -347,30 +347,6 @@ def _early(recipe: Recipe, metric: str) -> Iterator[None]:
 
 
 # --- what fits ---------------------------------------------------------------------------------------------------------------------
-
-
-def slots(c: recipes.Cluster, matching: bool, streaming: bool, nodes: Sequence[Mapping[str, float]]) -> int:
-    """How many trials the nodes hold completely, largest pieces first, each piece on one node.
-
-    Trials that are all in place wait for nobody, so there is no deadlock; a trial too many could hold a worker and wait for its
-    matching actor while another does the same.
-    """
-    pieces = [(c.cpus, c.gpus)] * c.workers + [(c.match_cpus, c.match_gpus)] * (c.match_actors if matching else 0)
-    pieces = sorted([*pieces, *([(1.0, 0.0)] if streaming else [])], reverse=True)
-    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
-    count = 0
-    while all(_place(piece, free) for piece in pieces):
-        count += 1
-    return max(1, count)
-
-
-def _place(piece: tuple[float, float], free: list[list[float]]) -> bool:
-    for node in free:
-        if all(has + 1e-6 >= wants for has, wants in zip(node, piece, strict=True)):
-            node[0] -= piece[0]
-            node[1] -= piece[1]
-            return True
-    return False
 
 
 def _needs(recipe: Recipe) -> tuple[recipes.Cluster, bool, bool]:
