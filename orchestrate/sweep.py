@@ -77,7 +77,7 @@ class _Sweep:
         self.board = Board(asking.name, len(trials), 1, self.options.maximize, self.options.minimize)
 
     def run(self) -> None:
-        parameters = rundir.parameters(self.first) | {f"axis.{axis.path}": str(axis).partition("=")[2] for axis in self.space.axes}
+        parameters = rundir.parameters(self.first) | {axis.path: str(axis).partition("=")[2] for axis in self.space.axes}
         parameters |= {f"sweep.{k}": v for k, v in self.asking.as_dict()["options"].items()}
         tags = {"mlflow.runName": self.folder.name, "antidote.sweep": self.folder.name, "antidote.kind": "sweep"}
         self.tracker = Tracker.start(self.folder, self.uri, self.experiment, parameters, tags)
@@ -96,12 +96,16 @@ class _Sweep:
             self.tracker.finish(status, [self.folder / name for name in names if (self.folder / name).exists()])
 
     def _page(self) -> None:
-        """report.html of what there is."""
+        """report.html of what there is. A picture that cannot be drawn must not turn a finished sweep into a failed one."""
         from orchestrate import compare, compare_page
 
-        if sweepdir.runs(self.folder):
-            page = self.folder / "report.html"
-            compare_page.write([self.folder], page, compare.load([self.folder]))
+        try:
+            if sweepdir.runs(self.folder):
+                compare_page.write([self.folder], self.folder / "report.html", compare.load([self.folder]))
+        except Exception as error:
+            self.board.say(
+                f"report.html could not be written ({type(error).__name__}: {error}); `antidote compare {self.folder}` tries again"
+            )
 
     def _run(self) -> None:
         source, waiting = self._source()
@@ -110,10 +114,11 @@ class _Sweep:
         self.board.say(f"sweep {self.asking.name}: {source.total} to run by {self.options.search}, in {self.folder}")
         with cluster.connected(self.first.cluster, dashboard=True):
             self.board.slots = self._slots(waiting)
-            sets = _lent([t.recipe for t in waiting])
+            shared = _Shared([t.recipe for t in waiting])
             spec = {
                 "cwd": os.getcwd(),
-                "sets": sets,
+                "sets": shared.sets,
+                "plans": shared.plans,
                 "tags": {"mlflow.parentRunId": self.tracker.run_id, "antidote.sweep": self.folder.name} if self.tracker.run_id else {},
                 "early": self.options.asha,
             }
@@ -217,7 +222,8 @@ class _Sweep:
         """Written down, logged, shown."""
         identity = trial.recipe.identity
         run = Path(str(result["run"])).name if result else trial.recipe.directory
-        seconds = time.monotonic() - self.board.running.get(identity, time.monotonic())
+        now = time.monotonic()
+        seconds = now - self.board.running.get(identity, now)
         event = Event(identity, state, run, dict(trial.changed), reason, round(seconds, 2))
         before = self.past.get(identity)
         if state != SKIPPED or before is None or before.state not in sweepdir.FINISHED:  # `done` by this sweep stays `done`
@@ -291,7 +297,7 @@ def run_trial(config: dict[str, str], spec: dict[str, Any]) -> None:
     """One run, from whatever is there to its result. What `fit` refuses is an outcome; anything else Tune tries again."""
     os.chdir(spec["cwd"])  # a recipe's relative paths mean the user's directory
     recipe = recipes.from_dict(json.loads(config["recipe"])).recipe
-    train.lend(spec["sets"])
+    train.lend(spec["sets"], spec["plans"])
     end = {"epoch": recipe.train.epochs}
     try:
         with _early(recipe, spec["early"]):
@@ -355,21 +361,40 @@ def _needs(recipe: Recipe) -> tuple[recipes.Cluster, bool, bool]:
     return recipe.cluster, matching, recipe.data.stream == "always"
 
 
-def _lent(waiting: Sequence[Recipe]) -> dict[Any, Any]:
-    """Every data set of the trials, decoded once, by this process, which holds it to the sweep's end."""
-    sets: dict[Any, Any] = {}
-    room = MOST_LENT * ray.cluster_resources().get("object_store_memory", 0.0) / max(1, len(ray.nodes()))
-    seen = set()
-    for recipe in waiting:
-        tree = recipe.as_dict()
-        if (key := json.dumps([tree["data"], prepared.stored_side(recipe)])) in seen or room <= 0:
-            continue
-        seen.add(key)
-        with contextlib.suppress(ValueError, OSError):  # a set that cannot be read is its trials' failure, not the sweep's
-            for name, (bad, held) in train.decoded(recipe).items():
-                room -= ray.get(held[0]).nbytes if name not in sets else 0
-                sets.setdefault(name, (bad, held))
-    return sets
+class _Shared:
+    """Work that several trials share, done once by the driver and held by it to the sweep's end: decoded data sets, poisoned indices.
+
+    Best effort: what cannot be prepared here (no room, unreadable) the trials prepare, or fail by, themselves.
+    """
+
+    def __init__(self, waiting: Sequence[Recipe]) -> None:
+        self.sets: dict[Any, Any] = {}
+        self.plans: dict[str, Any] = {}
+        self.room = MOST_LENT * ray.cluster_resources().get("object_store_memory", 0.0) / max(1, len(ray.nodes()))
+        by_data: dict[str, list[Recipe]] = {}
+        for recipe in waiting:
+            by_data.setdefault(json.dumps([recipe.as_dict()["data"], prepared.stored_side(recipe)]), []).append(recipe)
+        for recipes_of in by_data.values():
+            with contextlib.suppress(ValueError, OSError):
+                self._prepare(recipes_of)
+
+    def _prepare(self, alike: Sequence[Recipe]) -> None:
+        """Recipes on one data set: its pixels, and each plan that more than one of them needs."""
+        if self.room <= 0:
+            return
+        sets, dataset = train.prepare(alike[0])
+        for name, held in sets.items():
+            if name not in self.sets:
+                self.room -= ray.get(held[1][0]).nbytes
+                self.sets[name] = held
+        users: dict[str, list[Recipe]] = {}
+        for recipe in alike:
+            users.setdefault(prepared.plan_key(recipe, dataset), []).append(recipe)
+        for key, some in users.items():
+            if len(some) > 1 and self.room > 0:
+                ready = prepared.plan(some[0], dataset)
+                self.room -= ready.table.nbytes
+                self.plans[key] = ray.put((ready.table, ready.manifest, ready.probes))
 
 
 def _here() -> str:

@@ -77,7 +77,7 @@ def _run(recipe: Recipe, folder: Path, tracker: Tracker) -> dict[str, Any]:
         streaming = prepared.streams(recipe, dataset)
         cluster.preflight(recipe.cluster, matching, streaming, resources)
         dataset, images = read_images(recipe, dataset, streaming)
-        ready = prepared.plan(recipe, dataset)
+        ready = _planned(recipe, dataset)
         prepared.check_size(recipe, ready.table)
         prepared.write(folder, ready)
         inputs, pixels = _inputs(recipe, ready, images)
@@ -124,25 +124,39 @@ def read_images(recipe: Recipe, dataset: Dataset, streaming: bool) -> tuple[Data
     return dataset, None if streaming else held
 
 
-_WARM: dict[Any, Any] = {}  # the last set decoded in this session: runs of one demo share it, and `lend` hands it to a sweep's trials
+_WARM: dict[Any, Any] = {}  # the last set decoded in this session: runs of one demo share it, and `lend` adds a sweep's
 
 
-def decoded(recipe: Recipe) -> dict[Any, Any]:
-    """Read a recipe's set in this process for others to `lend`; it lives as long as this process holds what is returned.
+_PLANS: dict[str, Any] = {}  # plans that another process of this session has lent: key → reference
 
-    Empty for a set that streams: that one is checked now, so that nobody else has to.
+
+def prepare(recipe: Recipe) -> tuple[dict[Any, Any], Dataset]:
+    """Read a recipe's set in this process for others to be lent: (decoded sets, the readable data set).
+
+    The pixels live as long as this process holds what is returned. No sets for one that streams: that one is checked now, so that
+    nobody else has to.
     """
     with Phase("data") as phase:
         dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
     streaming = prepared.streams(recipe, dataset)
-    read_images(recipe, dataset, streaming)
-    return {} if streaming else dict(_WARM)
+    readable, _ = read_images(recipe, dataset, streaming)
+    return {} if streaming else dict(_WARM), readable
 
 
-def lend(sets: Mapping[Any, Any]) -> None:
-    """Take over sets that another process of this session has `decoded`. The pixels stay where they are, one copy a node."""
+def lend(sets: Mapping[Any, Any], plans: Mapping[str, Any]) -> None:
+    """Take over what another process of this session has prepared. Pixels and tables stay where they are, one copy a node."""
     here = ray.get_runtime_context().get_node_id()
     _WARM.update({(here, *key[1:]): held for key, held in sets.items()})
+    _PLANS.update(plans)
+
+
+def _planned(recipe: Recipe, dataset: Dataset) -> prepared.Prepared:
+    """The poisoned index: lent, where a sweep has made it for all trials of this data, attack and seed."""
+    ref = _PLANS.get(prepared.plan_key(recipe, dataset)) if _PLANS else None
+    if ref is None:
+        return prepared.plan(recipe, dataset)
+    table, manifest, probes = ray.get(ref)
+    return prepared.Prepared(dataset, table, manifest, probes)
 
 
 def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None) -> list[tuple[int, str]]:
