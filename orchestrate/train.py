@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from attacks.base import Probes
-from orchestrate import cluster, prepared, rundir
+from orchestrate import cluster, journal, prepared, rundir
 from orchestrate import recipe as recipes
 from orchestrate.data import reader
 from orchestrate.data.index import Dataset, open_dataset
@@ -275,11 +275,17 @@ class _Log(ray.train.UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         try:
             records = json.loads(metrics[0]["records"])
+            if metrics[0].get("again") and self._has(records):
+                return
             self.tracker.truncate_after(records[0]["epoch"] - 1)  # an epoch done again after a failure replaces itself
             for record in records:
                 self.tracker.log(record, record["epoch"])
         except Exception:  # an exception here would end the run
             logging.getLogger(__name__).exception("a record was not logged")
+
+    def _has(self, records: list[dict[str, Any]]) -> bool:
+        lines = journal.read(self.tracker.run_dir / journal.NAME)
+        return sum(line.get("epoch") == records[0]["epoch"] for line in lines) >= len(records)
 
 
 class _watched:
@@ -317,6 +323,7 @@ def work(config: dict[str, Any]) -> None:
     worker = Worker(recipes.from_dict(config["recipe"]).recipe, ray.get_actor(config["rounds"]))
     if worker.rank == 0:
         ray.get(worker.rounds.begin.remote(worker.first, worker.rounds), timeout=worker.timeout)
+    worker.report_again()
     for epoch in range(worker.first, worker.recipe.train.epochs + 1):
         records = worker.epoch(epoch)
         worker.report(records)
@@ -350,11 +357,11 @@ class Worker:
             device=ray.train.torch.get_device(),
             unused=any((m := self.defense.matcher(e)) is not None and m.matched == "embedding" for e in epochs),
         )
-        self.first, self.noted = 1, 0.0
+        self.first, self.noted, self.restored = 1, 0.0, ""
         if (checkpoint := ray.train.get_checkpoint()) is not None:
             state = _load(checkpoint)
             self.learner.load_state_dict(state)
-            self.first = state["epoch"] + 1
+            self.first, self.restored = state["epoch"] + 1, state.get("records", "")
 
     def epoch(self, epoch: int) -> list[dict[str, Any]]:
         """One epoch; the records of what happened in it (rank 0's are logged)."""
@@ -391,9 +398,14 @@ class Worker:
         import torch
 
         with tempfile.TemporaryDirectory() as folder:
-            state = {**self.learner.state_dict(), "epoch": records[-1]["epoch"]}
+            state = {**self.learner.state_dict(), "epoch": records[-1]["epoch"], "records": metrics["records"]}
             torch.save(state, Path(folder) / STATE)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def report_again(self) -> None:
+        """The records of the checkpoint gone on from: who was killed after it was saved may not have come to write them down."""
+        if self.restored:
+            ray.train.report({"records": self.restored, "again": True})
 
     def _round(self, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The pairing for this epoch, by reference; rank 0 hands out the weights."""
