@@ -140,6 +140,10 @@ class _Sweep:
         """The result of a finished trial, noted as skipped."""
         result = rundir.finished(trial.recipe)
         if result is not None and trial.recipe.identity not in self.board.ended:
+            before = self.past.get(trial.recipe.identity)
+            if before is not None and before.state == RUNNING:  # the kill came between its result and the end of its MLflow run
+                run = Path(str(result["run"]))
+                Tracker.load(run, self.uri).finish("finished", rundir.artifacts(run))
             self.ended(trial, SKIPPED, result)
         return result
 
