@@ -94,7 +94,10 @@ def _recommend(args: argparse.Namespace) -> None:
     from orchestrate import compare, recommend
 
     conditions = [recommend.condition(text) for text in args.conditions]
-    print(recommend.recommend(compare.load([Path(args.sweep)]), conditions, args.cost).sentence)
+    runs = compare.load([Path(args.sweep)])
+    print(recommend.recommend(runs, conditions, args.cost).sentence)
+    for text in recommend.caveats(runs):
+        print(f"Doubt: {text}")
 
 
 def _listed(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrate import compare_plots, journal, measure, sweepdir
 from orchestrate.compare import Run, averaged, cell, group, metrics, varying
 from orchestrate.compare_plots import Figures
-from orchestrate.recommend import Advice, Condition, recommend, said
+from orchestrate.recommend import Advice, Condition, caveats, recommend, said
 from orchestrate.report_text import duration
 
 USUAL = (Condition("asr", below=True, limit=0.125),)  # what the page recommends for unless told otherwise
@@ -41,6 +41,7 @@ def write(folders: Sequence[Path], out: Path, runs: Sequence[Run], by: Sequence[
     content: dict[str, Any] = {
         "title": " · ".join(folder.name for folder in folders[:3]),
         "advice": advice.sentence if advice else "",
+        "caveats": caveats(runs),
         "facts": _facts(runs, events),
         "by": lines,
         "names": [said(name) for name in names],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orchestrate import measure
 from orchestrate.compare import Estimate, Group, Run, cell, group, is_share, known, order, varying
-from orchestrate.report_text import MISSING, duration, percent
+from orchestrate.report_text import MISSING, attacked, attacks, doubts, duration, percent, undefended
 
 CONDITION = re.compile(r"\s*([\w/.+-]+?)\s*(<=|>=|<|>)\s*([\d.eE+-]+)\s*(%?)\s*")
 GIVEN = ("attack", "data")  # what one defends against is not what one sets
@@ -102,6 +102,17 @@ def recommend(runs: Sequence[Run], conditions: Sequence[Condition], cost: str = 
         return Advice(None, _none(worst, conditions))
     chosen = min(fitting, key=lambda one: one[:2])[2]
     return Advice(chosen, _reason(chosen, conditions, cost, given, len(fitting), len(worst)))
+
+
+def caveats(runs: Sequence[Run]) -> list[str]:
+    """What a low success may mean besides a defence that holds."""
+    results = [run.result for run in runs]
+    if not attacks(results):
+        return []
+    plain = [result for result in results if undefended(result) and attacked(result)]
+    if not plain:
+        return ["No undefended run is among these: whether the attack takes at all is not shown. Sweep clip-… beside it."]
+    return list(dict.fromkeys(text for result in plain for text in doubts([result])))[:3]
 
 
 def _places(groups: Sequence[Group], c: Condition) -> set[tuple[str, ...]]:

@@ -219,10 +219,19 @@ def test_a_page_without_attack_recommends_nothing(tmp_path):
     assert 'id="advice"' not in page and "train.epochs" in page
 
 
-def test_recommend_prints_one_sentence(sweep, capsys):
+def test_recommend_prints_one_sentence_and_what_to_doubt(sweep, capsys):
     assert main(["recommend", str(sweep), "asr<=20%"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("Take defense.every=2 defense.pool_size=0.005:") and out.count("\n") == 1
+    said, doubt = capsys.readouterr().out.splitlines()
+    assert said.startswith("Take defense.every=2 defense.pool_size=0.005:")
+    assert doubt.startswith("Doubt: No undefended run")
+
+
+def test_an_attack_that_does_not_take_is_doubted(tmp_path):
+    found = sweeping.trials(("attack.count=30,300", "seed=0"), "clip-stripes-smoke", "roclip-stripes-smoke")
+    weak = sweeping.write(tmp_path / "weak", found, lambda v: sweeping.formula({**v, "defense.every": 1}))
+    assert all("hardly took on the undefended model" in text for text in recommend.caveats(compare.load([weak])))
+    runs = compare.load([sweeping.write(tmp_path / "strong", found, lambda v: sweeping.formula({**v, "attack.count": 300}))])
+    assert recommend.caveats(runs) == []
 
 
 @pytest.mark.parametrize(
