@@ -6,11 +6,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrate import recipes
+from orchestrate import cli_sweeps, recipes, sweeps
 from orchestrate.recipe import Recipe, Resolved, flatten, from_dict, parse_overrides
 
 
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--force", action="store_true", help="run again although this identity is finished")
     poison = recipe_verb("poison", _poison, "plan the attack only: manifest.parquet and a contact sheet")
     poison.add_argument("--out", default="", help="folder (default: poison-<identity>)")
+    cli_sweeps.add(verb, source)
     score = verb("eval", _eval, "score any open_clip checkpoint")
     score.add_argument("checkpoint", help="an export folder, or a state dict (.pt, .safetensors) with --model")
     score.add_argument("--model", default=None, help="architecture of a bare state dict")
@@ -82,21 +83,33 @@ def _parser() -> argparse.ArgumentParser:
 
 def resolved(name: str, words: Sequence[str]) -> list[Resolved]:
     """A recipe's name, a recipe.json or mlflow:RUN_ID, with overrides → recipes."""
-    overrides = parse_overrides(words)
-    if name.startswith("mlflow:"):
-        from orchestrate.track import load_recipe
+    return source(name)(parse_overrides(words))
 
-        return [from_dict(load_recipe(str(overrides.pop("track.uri", "")), name.removeprefix("mlflow:")), overrides)]
+
+def source(name: str) -> Callable[[Mapping[str, Any]], list[Resolved]]:
+    """A recipe's name, a recipe.json or mlflow:RUN_ID → what makes its recipes from overrides."""
+    if name.startswith("mlflow:"):
+        return lambda overrides: [from_dict(*_recorded(name.removeprefix("mlflow:"), dict(overrides)))]
     if name.endswith(".json"):
-        file = Path(name)
-        if not file.is_file():
-            raise ValueError(f"no file {file}. A finished run keeps its recipe in runs/<run>/recipe.json.")
-        try:
-            tree = json.loads(file.read_bytes())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is no JSON: {error}.") from None
-        return [from_dict(tree, overrides)]
-    return recipes.get(name, overrides)
+        tree = _read(Path(name))
+        return lambda overrides: [from_dict(tree, overrides)]
+    return lambda overrides: recipes.get(name, overrides)
+
+
+def _recorded(run_id: str, overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's recipe from MLflow; `track.uri` says which MLflow, and is no override of it."""
+    from orchestrate.track import load_recipe
+
+    return load_recipe(str(overrides.pop("track.uri", "")), run_id), overrides
+
+
+def _read(file: Path) -> Any:
+    if not file.is_file():
+        raise ValueError(f"no file {file}. A finished run keeps its recipe in runs/<run>/recipe.json.")
+    try:
+        return json.loads(file.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON: {error}.") from None
 
 
 def _ls(args: argparse.Namespace) -> None:
@@ -114,6 +127,9 @@ def _ls(args: argparse.Namespace) -> None:
     print("  suites")
     for name, (shows, members, _) in recipes.SUITES.items():
         print(f"    {name:<12} {shows} ({', '.join(members)})")
+    print("  sweeps")
+    for name in sweeps.SWEEPS:
+        print(f"    {name:<12} {sweeps.shows(name)}")
     print(f"\nAttack plug-ins:  {', '.join(plugins.names('attack'))}; join with +, or ./file.py:Class")
     print(f"Defence plug-ins: {', '.join(plugins.names('defense'))}; or ./file.py:Class")
     print(f"Our small models: {', '.join(sorted(p.stem for p in _configs()))}; or any open_clip architecture")

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,17 @@ from orchestrate.recipe import Cluster
 EXCLUDE = ["/.git", "/.venv", "/runs", "/tests", "/docs", "/benchmarks", "/deploy", "**/__pycache__", "*.parquet", "*.png", "*.tar"]
 # Read by the driver and the train controller when ray.train is imported: a report is seen within 0.3 s instead of 2 s.
 ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# Read by Tune in a sweep's driver: no files of its own beside ours, Ctrl-C is ours, a trial stays in the directory it is sent to.
+TUNE = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
 
 
 def runtime_env() -> dict[str, Any]:
@@ -27,8 +38,11 @@ def runtime_env() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def connected(cluster: Cluster) -> Iterator[dict[str, float]]:
-    """A Ray session for the length of the block; yields the cluster's resources. An existing session is used and left."""
+def connected(cluster: Cluster, dashboard: bool = False) -> Iterator[dict[str, float]]:
+    """A Ray session for the length of the block; yields the cluster's resources. An existing session is used and left.
+
+    A sweep needs the `dashboard`: Ray Train asks it which placement groups have lost their owner, and frees a stopped trial's.
+    """
     os.environ.update(ENVIRONMENT)
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
@@ -40,7 +54,7 @@ def connected(cluster: Cluster) -> Iterator[dict[str, float]]:
                 address=cluster.address or "local",
                 namespace="antidote",
                 runtime_env=runtime_env(),
-                include_dashboard=False if not cluster.address else None,
+                include_dashboard=dashboard if not cluster.address else None,
                 log_to_driver=bool(os.environ.get("ANTIDOTE_RAY_LOGS")),
                 logging_level=logging.ERROR,
             )
@@ -109,6 +123,30 @@ def preflight(cluster: Cluster, matching: bool, streaming: bool, has: dict[str, 
             where = f"the cluster at {cluster.address}" if cluster.address else "this machine"
             mend = _mend(cluster, matching, streaming, kind, there)
             raise ValueError(f"{plan(cluster, matching, streaming)}, but {where} has {there:g} {kind}. {mend}")
+
+
+def slots(c: Cluster, matching: bool, streaming: bool, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many runs the nodes (their resources) hold completely at once, largest pieces first, each piece on one node; at least 1.
+
+    Runs that are all in place wait for nobody, so there is no deadlock; one too many could hold a worker and wait for its matching
+    actor while another does the same.
+    """
+    pieces = [(c.cpus, c.gpus)] * c.workers + [(c.match_cpus, c.match_gpus)] * (c.match_actors if matching else 0)
+    pieces = sorted([*pieces, *([(1.0, 0.0)] if streaming else [])], reverse=True)
+    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
+    count = 0
+    while all(_place(piece, free) for piece in pieces):
+        count += 1
+    return max(1, count)
+
+
+def _place(piece: tuple[float, float], free: list[list[float]]) -> bool:
+    for node in free:
+        if all(has + 1e-6 >= wants for has, wants in zip(node, piece, strict=True)):
+            node[0] -= piece[0]
+            node[1] -= piece[1]
+            return True
+    return False
 
 
 def _mend(cluster: Cluster, matching: bool, streaming: bool, kind: str, there: float) -> str:

@@ -82,6 +82,12 @@ def plan(recipe: Recipe, dataset: Dataset) -> Prepared:
     return Prepared(dataset, apply(dataset.train, dataset.heldout, planned), planned, probes)
 
 
+def plan_key(recipe: Recipe, dataset: Dataset) -> str:
+    """Recipes of equal keys have equal plans on this data set."""
+    attack = recipe.attack.as_dict() if recipe.attack else None
+    return json.dumps([fingerprint(dataset), attack, recipe.seed], sort_keys=True)
+
+
 def write(run_dir: Path, prepared: Prepared) -> None:
     """manifest.parquet, quarantine.parquet and data.json beside the run."""
     dataset = prepared.dataset

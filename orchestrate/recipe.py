@@ -241,6 +241,14 @@ def from_dict(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = Non
     return resolve(str(tree.get("name", "run")), [("recipe.json", flat), ("command line", overrides or {})])
 
 
+def field_at(key: str, attack: str | None, defense: str | None) -> tuple[str, Any]:
+    """A key as typed → (its whole dotted path, its field's type) in a recipe with these methods. ValueError: unknown, with a suggestion."""
+    methods = {m: _parts(m, _use(use)) for m, use in (("attack", attack), ("defense", defense))}
+    known = dict(_paths(methods))
+    path = _find(key, known, methods)
+    return path, known[path]
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested plain values → dotted paths. A method's `use` becomes the method's own key; None becomes "none"."""
     flat: dict[str, Any] = {}

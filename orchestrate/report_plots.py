@@ -65,12 +65,12 @@ class Series:
 
 def outcome(series: Sequence[Series]) -> str | None:
     """Attack success beside accuracy, a bar for each run; None where nothing was measured."""
-    return _svg(_outcome, series)
+    return svg(_outcome, series)
 
 
 def curves(series: Sequence[Series]) -> str | None:
     """Loss by epoch with robust epochs marked, and what was evaluated on the way; None where nothing was logged."""
-    return _svg(_curves, series)
+    return svg(_curves, series)
 
 
 def save(series: Sequence[Series], folder: Path) -> list[Path]:
@@ -212,7 +212,7 @@ def _legend(figure: Figure, series: Sequence[Series], names: Sequence[str] = ())
     figure.legend(handles=handles, loc="outside lower left", ncols=min(6, len(handles)), handlelength=2.2)
 
 
-def _svg(draw: Callable[[Sequence[Series]], Figure | None], series: Sequence[Series]) -> str | None:
+def svg(draw: Callable[[Any], Figure | None], series: Any) -> str | None:
     """The drawing alone: no document head, no addresses, no ids that two figures of a page would share."""
     import matplotlib
 

@@ -17,7 +17,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from attacks.base import Probes
-from orchestrate import cluster, prepared, rundir
+from orchestrate import cluster, journal, prepared, rundir
 from orchestrate import recipe as recipes
 from orchestrate.data import reader
 from orchestrate.data.index import Dataset, open_dataset
@@ -46,18 +46,18 @@ NOTE_S = 0.5  # seconds between two progress notes
 STATE = "state.pt"
 
 
-def fit(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
+def fit(recipe: Recipe, *, force: bool = False, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run a recipe to its end and return its result.json. A finished identity is returned as it is, unless `force`.
 
-    Interrupted anywhere, the same call goes on from the last checkpoint. ValueError for what the user can mend.
+    Interrupted anywhere, the same call goes on from the last checkpoint. `tags` join the run's own in MLflow. ValueError for what
+    the user can mend.
     """
     done = rundir.finished(recipe)
     if done and not force:
         return done
     with rundir.claimed(recipe, fresh=force) as folder:
-        tracker = Tracker.start(
-            folder, recipe.track.uri, recipe.track.experiment or recipe.name, rundir.parameters(recipe), rundir.tags(recipe)
-        )
+        told = rundir.tags(recipe) | dict(tags or {})
+        tracker = Tracker.start(folder, recipe.track.uri, recipe.track.experiment or recipe.name, rundir.parameters(recipe), told)
         try:
             result = _run(recipe, folder, tracker)
         except BaseException as error:
@@ -77,7 +77,7 @@ def _run(recipe: Recipe, folder: Path, tracker: Tracker) -> dict[str, Any]:
         streaming = prepared.streams(recipe, dataset)
         cluster.preflight(recipe.cluster, matching, streaming, resources)
         dataset, images = read_images(recipe, dataset, streaming)
-        ready = prepared.plan(recipe, dataset)
+        ready = _planned(recipe, dataset)
         prepared.check_size(recipe, ready.table)
         prepared.write(folder, ready)
         inputs, pixels = _inputs(recipe, ready, images)
@@ -124,7 +124,39 @@ def read_images(recipe: Recipe, dataset: Dataset, streaming: bool) -> tuple[Data
     return dataset, None if streaming else held
 
 
-_WARM: dict[Any, Any] = {}  # the last set decoded in this session: runs of one sweep or demo share it
+_WARM: dict[Any, Any] = {}  # the last set decoded in this session: runs of one demo share it, and `lend` adds a sweep's
+
+
+_PLANS: dict[str, Any] = {}  # plans that another process of this session has lent: key → reference
+
+
+def prepare(recipe: Recipe) -> tuple[dict[Any, Any], Dataset]:
+    """Read a recipe's set in this process for others to be lent: (decoded sets, the readable data set).
+
+    The pixels live as long as this process holds what is returned. No sets for one that streams: that one is checked now, so that
+    nobody else has to.
+    """
+    with Phase("data") as phase:
+        dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
+    streaming = prepared.streams(recipe, dataset)
+    readable, _ = read_images(recipe, dataset, streaming)
+    return {} if streaming else dict(_WARM), readable
+
+
+def lend(sets: Mapping[Any, Any], plans: Mapping[str, Any]) -> None:
+    """Take over what another process of this session has prepared. Pixels and tables stay where they are, one copy a node."""
+    here = ray.get_runtime_context().get_node_id()
+    _WARM.update({(here, *key[1:]): held for key, held in sets.items()})
+    _PLANS.update(plans)
+
+
+def _planned(recipe: Recipe, dataset: Dataset) -> prepared.Prepared:
+    """The poisoned index: lent, where a sweep has made it for all trials of this data, attack and seed."""
+    ref = _PLANS.get(prepared.plan_key(recipe, dataset)) if _PLANS else None
+    if ref is None:
+        return prepared.plan(recipe, dataset)
+    table, manifest, probes = ray.get(ref)
+    return prepared.Prepared(dataset, table, manifest, probes)
 
 
 def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None) -> list[tuple[int, str]]:
@@ -243,11 +275,17 @@ class _Log(ray.train.UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         try:
             records = json.loads(metrics[0]["records"])
+            if metrics[0].get("again") and self._has(records):
+                return
             self.tracker.truncate_after(records[0]["epoch"] - 1)  # an epoch done again after a failure replaces itself
             for record in records:
                 self.tracker.log(record, record["epoch"])
         except Exception:  # an exception here would end the run
             logging.getLogger(__name__).exception("a record was not logged")
+
+    def _has(self, records: list[dict[str, Any]]) -> bool:
+        lines = journal.read(self.tracker.run_dir / journal.NAME)
+        return sum(line.get("epoch") == records[0]["epoch"] for line in lines) >= len(records)
 
 
 class _watched:
@@ -285,6 +323,7 @@ def work(config: dict[str, Any]) -> None:
     worker = Worker(recipes.from_dict(config["recipe"]).recipe, ray.get_actor(config["rounds"]))
     if worker.rank == 0:
         ray.get(worker.rounds.begin.remote(worker.first, worker.rounds), timeout=worker.timeout)
+    worker.report_again()
     for epoch in range(worker.first, worker.recipe.train.epochs + 1):
         records = worker.epoch(epoch)
         worker.report(records)
@@ -318,11 +357,11 @@ class Worker:
             device=ray.train.torch.get_device(),
             unused=any((m := self.defense.matcher(e)) is not None and m.matched == "embedding" for e in epochs),
         )
-        self.first, self.noted = 1, 0.0
+        self.first, self.noted, self.restored = 1, 0.0, ""
         if (checkpoint := ray.train.get_checkpoint()) is not None:
             state = _load(checkpoint)
             self.learner.load_state_dict(state)
-            self.first = state["epoch"] + 1
+            self.first, self.restored = state["epoch"] + 1, state.get("records", "")
 
     def epoch(self, epoch: int) -> list[dict[str, Any]]:
         """One epoch; the records of what happened in it (rank 0's are logged)."""
@@ -359,9 +398,14 @@ class Worker:
         import torch
 
         with tempfile.TemporaryDirectory() as folder:
-            state = {**self.learner.state_dict(), "epoch": records[-1]["epoch"]}
+            state = {**self.learner.state_dict(), "epoch": records[-1]["epoch"], "records": metrics["records"]}
             torch.save(state, Path(folder) / STATE)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def report_again(self) -> None:
+        """The records of the checkpoint gone on from: who was killed after it was saved may not have come to write them down."""
+        if self.restored:
+            ray.train.report({"records": self.restored, "again": True})
 
     def _round(self, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The pairing for this epoch, by reference; rank 0 hands out the weights."""

@@ -17,7 +17,8 @@ FILES = sorted(str(f.relative_to(ROOT)) for room in ROOMS for f in (ROOT / room)
 RAY = {"orchestrate/cluster.py", "orchestrate/match.py", "orchestrate/train.py", "orchestrate/sweep.py"}
 MLFLOW = {"orchestrate/track.py"}
 DOOR = {"models/torchvision_door.py"}
-QUICK = ("__init__", "__main__", "recipe", "recipes", "values", "plugins", "cli")  # what `antidote --help` and `antidote ls` read
+# What `antidote --help` and `antidote ls` read.
+QUICK = ("__init__", "__main__", "recipe", "recipes", "values", "plugins", "axes", "sweeps", "cli", "cli_sweeps")
 MAY = {
     "attacks": {"numpy", "pyarrow", "PIL"},
     "defenses": {"numpy", "torch", "ot", "scipy"},
@@ -95,7 +96,7 @@ def test_workers_never_import_the_tracker():
         assert not any(name.startswith("orchestrate.track") for name in names)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["ls"], ["run", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["ls"], ["run", "--help"], ["sweep", "--help"]])
 def test_help_and_lists_take_neither_torch_nor_ray_nor_mlflow(words: list[str]):
     code = f"""
 import sys

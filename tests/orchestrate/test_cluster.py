@@ -180,3 +180,30 @@ def test_paths_for_workers_are_absolute(tmp_path: Path, monkeypatch: pytest.Monk
 def test_planning_needs_no_ray():
     code = "import sys; from orchestrate import cluster; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("settings", "matching", "streaming", "nodes", "at_once"),
+    [
+        (Cluster(), False, False, [{"CPU": 2}], 2),
+        (Cluster(), True, False, [{"CPU": 2}], 1),  # two workers would hold the CPU that each other's actor needs
+        (Cluster(), True, False, [{"CPU": 3}], 2),
+        (Cluster(), True, True, [{"CPU": 5}], 2),
+        (Cluster(cpus=2), False, False, [{"CPU": 3}, {"CPU": 3}], 2),  # not 3: no worker is spread over two nodes
+        (Cluster(workers=2, cpus=1, match_actors=2), True, False, [{"CPU": 4}, {"CPU": 2}], 2),
+        (Cluster(gpus=1), False, False, [{"CPU": 16, "GPU": 2}, {"CPU": 16}], 2),
+        (Cluster(gpus=0.5, match_gpus=0.5), True, False, [{"CPU": 16, "GPU": 2}], 2),
+        (Cluster(workers=4), False, False, [{"CPU": 2}], 1),  # `preflight` refuses it; nobody divides by 0
+    ],
+)
+def test_so_many_runs_at_once(settings, matching, streaming, nodes, at_once):
+    assert cluster.slots(settings, matching, streaming, nodes) == at_once
+
+
+@given(CLUSTERS, st.booleans(), st.lists(st.integers(1, 64), min_size=1, max_size=4))
+def test_runs_at_once_never_ask_for_more_than_there_is(settings, matching, cpus):
+    nodes = [{"CPU": float(n), "GPU": float(n)} for n in cpus]
+    wanted = cluster.demand(settings, matching, False)
+    at_once = cluster.slots(settings, matching, False, nodes)
+    for kind in ("CPU", "GPU"):
+        assert at_once == 1 or at_once * wanted[kind] <= sum(cpus) + 1e-3

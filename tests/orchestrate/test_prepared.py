@@ -276,3 +276,17 @@ def test_a_checked_set_is_not_checked_again(folder, dataset):
     assert prepared.known_unreadable(recipe, dataset) == [("train0003", "gone")]
     assert prepared.known_unreadable(small.recipe(folder, data__max_pixels=1000), dataset) is None
     assert prepared.known_unreadable(recipe, dataclasses.replace(dataset, train=dataset.train.slice(1))) is None
+
+
+def test_plans_are_shared_by_recipes_of_one_data_set_attack_and_seed(tmp_path):
+    """Equal keys give equal plans, byte for byte; another seed, attack or set has a key of its own."""
+    folder = small.write(tmp_path / "set")
+    one = small.recipe(folder)
+    dataset = open_dataset(one.data)
+    alike = small.recipe(folder, defense="roclip", train__epochs=3, train__lr=0.1)
+    assert prepared.plan_key(one, dataset) == prepared.plan_key(alike, dataset)
+    assert prepared.plan(one, dataset).table.equals(prepared.plan(alike, dataset).table)
+    for other in (small.recipe(folder, seed=1), small.recipe(folder, attack="badnets", attack__count=5)):
+        assert prepared.plan_key(other, dataset) != prepared.plan_key(one, dataset)
+    less = dataclasses.replace(dataset, train=dataset.train.slice(1))
+    assert prepared.plan_key(one, less) != prepared.plan_key(one, dataset)

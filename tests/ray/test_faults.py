@@ -56,6 +56,21 @@ def test_a_killed_driver_goes_on_when_run_again(antidote: Antidote, undisturbed:
     assert before >= 2
 
 
+def test_records_that_a_killed_controller_did_not_write_are_written_on_going_on(antidote: Antidote, undisturbed: dict[str, float]) -> None:
+    """Killed after the checkpoint of an epoch and before its lines, as happens on a busy machine; here the lines are taken away."""
+    process = antidote.start("run", *WORDS)
+    antidote.until(lambda: any(r.get("epoch") == 2 and r["kind"] == "train" for r in antidote.records()), process)
+    kill([process.pid])
+    process.communicate(timeout=60)
+    [journal] = antidote.runs.glob("*/metrics.jsonl")
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for line in lines if '"epoch": 1' in line))
+    code, _, err = antidote.run("run", *WORDS)
+    assert code == 0, err
+    assert finished(antidote) == undisturbed
+    assert [r["epoch"] for r in antidote.records() if r["kind"] == "match"] == [2, 4]
+
+
 def test_what_the_user_can_mend_is_one_message(antidote: Antidote, tmp_path: Path) -> None:
     def refused(*words: str) -> str:
         code, _, err = antidote.run("run", *words, timeout=120)

@@ -1,0 +1,131 @@
+"""The verbs on many runs: sweep, compare, recommend. As in cli.py nothing slow is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrate import axes, sweeps
+from orchestrate.recipe import Resolved
+
+if TYPE_CHECKING:
+    from orchestrate import compare
+    from orchestrate.sweepdir import Asking
+
+Verb = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]
+Source = Callable[[str], Callable[[Mapping[str, Any]], list[Resolved]]]
+
+
+def add(verb: Verb, source: Source) -> None:
+    """The verbs' arguments. `source`: a recipe's name → what makes its recipes from overrides."""
+    sweep = verb("sweep", lambda args: _sweep(args, source), "run a recipe for every combination of values; goes on where it was killed")
+    sweep.add_argument("what", metavar="RECIPE", help="a recipe, several by comma, a ready sweep (antidote ls), or a sweep's directory")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="axes such as defense.every=1,2,4 seed=0..2, and single values")
+    sweep.add_argument("--search", default="grid", metavar="HOW", help="grid, random, or optuna (default: grid)")
+    sweep.add_argument("--samples", type=int, default=20, help="settings that random or optuna draws (default: 20)")
+    sweep.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    sweep.add_argument("--sampler", default="tpe", help="optuna's: tpe or nsga (default: tpe)")
+    sweep.add_argument("--maximize", default="zeroshot/top1", metavar="METRIC", help="utility (default: zeroshot/top1)")
+    sweep.add_argument("--minimize", default="asr", metavar="METRIC", help="harm (default: asr, the largest of any attack)")
+    sweep.add_argument("--asha", nargs="?", const="zeroshot/top1", default="", metavar="METRIC", help="stop the worse half early by this")
+    sweep.add_argument("--concurrent", type=int, default=0, help="at most so many trials at once (default: as many as fit)")
+    sweep.add_argument("--resume", action="store_true", help="only go on with what was begun; RECIPE may be the sweep's directory")
+    sweep.add_argument("--dry", action="store_true", help="list the trials and stop")
+    compare = verb("compare", _compare, "runs and sweeps side by side: means over seeds with intervals; tables, plots, a page")
+    compare.add_argument("runs", nargs="+", help="directories of runs and sweeps")
+    compare.add_argument("--by", default="", metavar="PATHS", help="lines of the table, by comma (default: all that varies but the seed)")
+    compare.add_argument("--metric", default="", metavar="METRICS", help="columns, by comma (default: accuracy, attack success, time)")
+    compare.add_argument("--format", default="text", help="text, csv, markdown or latex (default: text)")
+    compare.add_argument("--out", default="", help="folder for table.csv, .md and .tex, plots as PDF and PNG, and report.html")
+    advise = verb("recommend", _recommend, "the cheapest setting of a sweep that keeps to a limit, and why")
+    advise.add_argument("sweep", help="directory of a sweep or a run")
+    advise.add_argument("conditions", nargs="+", metavar="CONDITION", help="such as 'asr<=0.125' or 'zeroshot/top1>=40%%'")
+    advise.add_argument("--cost", default="seconds", metavar="METRIC", help="what is paid: seconds, or a utility to lose least of")
+
+
+def _sweep(args: argparse.Namespace, source: Source) -> None:
+    asking = _asking(args)
+    space = axes.read({name: source(name) for name in asking.recipes}, asking.words)
+    if args.dry:
+        return _list(asking, space)
+    from orchestrate.sweep import run_sweep
+
+    folder = run_sweep(asking, space, fresh=not args.resume)
+    print(f"sweep: {folder}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from orchestrate import compare, measure
+
+    folders = [Path(run) for run in args.runs]
+    runs = compare.load(folders)
+    by = [compare.check_path(path, runs) for path in _listed(args.by)] or compare.varying(runs)
+    names = [measure.check(name, compare.known(runs)) for name in _listed(args.metric)] or compare.metrics(runs)
+    if args.format not in compare.FORMATS:
+        raise ValueError(f"--format {args.format}: choose one of {', '.join(compare.FORMATS)}.")
+    groups = compare.group(runs, by)
+    print(compare.table(groups, names, args.format))
+    if args.format == "text" and (note := compare.averaged(runs, by)):
+        print(f"\n{note}")
+    if args.out:
+        for file in _written(Path(args.out), folders, runs, groups, names, _listed(args.by)):
+            print(f"wrote {file}")
+
+
+def _written(
+    out: Path, folders: list[Path], runs: list[compare.Run], groups: list[compare.Group], names: list[str], by: list[str]
+) -> list[Path]:
+    """Every form of the comparison, in a folder."""
+    from orchestrate import compare, compare_page, compare_plots
+
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / "table.csv", out / "table.md", out / "table.tex"]
+    for file, form in zip(files, ("csv", "markdown", "latex"), strict=True):
+        file.write_text(compare.table(groups, names, form) + "\n")
+    harm = next((name for name in names if name.startswith("asr")), compare_plots.HARM)
+    advice = compare_page.advised(runs)
+    files += compare_plots.save(compare_plots.Figures(runs, harm=harm, chosen=advice.setting if advice else None, by=by), out)
+    return [*files, compare_page.write(folders, out / "report.html", runs, by)]
+
+
+def _recommend(args: argparse.Namespace) -> None:
+    from orchestrate import compare, recommend
+
+    conditions = [recommend.condition(text) for text in args.conditions]
+    runs = compare.load([Path(args.sweep)])
+    print(recommend.recommend(runs, conditions, args.cost).sentence)
+    for text in recommend.caveats(runs):
+        print(f"Doubt: {text}")
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _asking(args: argparse.Namespace) -> Asking:
+    """What is asked for, by words or by the directory of a sweep."""
+    from orchestrate import sweepdir
+
+    folder = Path(args.what)
+    if folder.is_dir():
+        if not args.resume or args.overrides:
+            raise ValueError(f"{folder} is a directory: `antidote sweep {folder} --resume` goes on with the sweep in it.")
+        return sweepdir.asked(folder)
+    names = [field for field in sweepdir.Options.__dataclass_fields__]
+    options = sweepdir.Options(**{name: getattr(args, name) for name in names})
+    asked = sweeps.ask(args.what, args.overrides)
+    return sweepdir.Asking(asked.name, asked.recipes, asked.words, options)
+
+
+def _list(asking: Asking, space: axes.Space) -> None:
+    from orchestrate import search
+
+    trials: Sequence[axes.Trial] = search.listed(space, asking.options)
+    for trial in trials:
+        print(f"{trial.recipe.identity}  {trial.label}")
+    if not trials:
+        print(f"{asking.options.samples} settings, drawn by {asking.options.search} from {', '.join(map(str, space.axes))}")
+    else:
+        print(f"{len(trials)} trials")

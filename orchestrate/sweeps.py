@@ -1,0 +1,91 @@
+"""Ready sweeps: `antidote sweep frequency`, `pool`, `poison-rate`, `paper-grid`, each a question that every user has.
+
+A sweep is a function of a scale that returns what one would type: recipes and axes. Whatever is given on the command line wins over its
+words, and `recipe=…` over its recipes: `antidote sweep frequency-smoke recipe=roclip-stripes-smoke seed=0`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from orchestrate import axes, recipes
+
+SEEDS = "seed=0..2"  # an interval over seeds wants three
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a sweep is made of: a name, recipes by name, and words. `shows` says which question it answers."""
+
+    name: str
+    recipes: tuple[str, ...]
+    words: tuple[str, ...]
+    shows: str = ""
+
+
+def frequency(scale: str) -> Asked:
+    """how often must I match: attack success and accuracy against the number of plain epochs between robust ones"""
+    return Asked("frequency", (f"roclip-blended-{scale}",), ("defense.every=1,2,4,8", *_counts(scale, 1, 3), SEEDS))
+
+
+def pool(scale: str) -> Asked:
+    """how large must the pool be: attack success, accuracy and matching time against its size"""
+    return Asked("pool", (f"roclip-blended-{scale}",), ("defense.pool_size=0.005,0.02,0.1,0.3", *_counts(scale, 1), SEEDS))
+
+
+def poison_rate(scale: str) -> Asked:
+    """up to what poison rate does it hold: attack success against the poison count, a line a defence"""
+    methods = tuple(f"{method}-blended-{scale}" for method in ("clip", "augmented", "roclip"))
+    return Asked("poison-rate", methods, (*_counts(scale, 0.3, 1, 3, 10), SEEDS))
+
+
+def paper_grid(scale: str) -> Asked:
+    """frequency × pool size × poison count: the whole picture"""
+    words = ("defense.every=1,2,4", "defense.pool_size=0.005,0.02,0.1", *_counts(scale, 0.5, 1, 3), SEEDS)
+    return Asked("paper-grid", (f"roclip-blended-{scale}",), words)
+
+
+SWEEPS: Mapping[str, Callable[[str], Asked]] = {
+    "frequency": frequency,
+    "pool": pool,
+    "poison-rate": poison_rate,
+    "paper-grid": paper_grid,
+}
+COUNTS = {"smoke": 30, "small": 70, "paper": 500}  # poisoned pairs that are just enough for the undefended model
+
+
+def _counts(scale: str, *times: float) -> tuple[str, ...]:
+    return (f"attack.count={','.join(str(round(COUNTS[scale] * t)) for t in times)}",)
+
+
+def shows(name: str) -> str:
+    return (SWEEPS[name].__doc__ or "").strip()
+
+
+def ask(name: str, words: Sequence[str]) -> Asked:
+    """A ready sweep's name, or a recipe's (or several, by comma), with words → what to sweep. ValueError for an unknown name."""
+    given = {word.partition("=")[0]: word for word in words}
+    ready = _ready(name)
+    if ready is None:
+        return Asked(name.replace(",", "+").removesuffix(".json").rpartition("/")[2], tuple(name.split(",")), tuple(words))
+    base = tuple(given[axes.RECIPE].partition("=")[2].split(",")) if axes.RECIPE in given else ready.recipes
+    kept = [word for word in ready.words if word.partition("=")[0] not in given]
+    added = [word for word in words if word.partition("=")[0] != axes.RECIPE]
+    return Asked(name, base, (*kept, *added), shows(ready.name))
+
+
+def _ready(name: str) -> Asked | None:
+    """A ready sweep, with `-SCALE` behind its name or at the default scale; None where no sweep is meant."""
+    for sweep, make in SWEEPS.items():
+        if name == sweep:
+            return make(recipes.SCALE)
+        scale = name.removeprefix(f"{sweep}-")
+        if name.startswith(f"{sweep}-"):
+            if scale not in recipes.SCALES:
+                raise ValueError(f"no sweep is called {name!r}: give {sweep}, or {', '.join(f'{sweep}-{s}' for s in recipes.SCALES)}.")
+            return make(scale)
+    if close := get_close_matches(name, SWEEPS, n=1, cutoff=0.75):
+        raise ValueError(f"no sweep is called {name!r}. Did you mean {close[0]}?")
+    return None
