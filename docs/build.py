@@ -254,7 +254,7 @@ def block_columns() -> list[str]:
 
 
 def block_demo() -> list[str]:
-    picture = ["![The same poisoned pairs learnt three ways: attack success and accuracy](docs/demo.png)", ""] if PICTURE.exists() else []
+    picture = ["![The same poisoned pairs learnt four ways: attack success and accuracy](docs/demo.png)", ""] if PICTURE.exists() else []
     file = RESULTS / "demo.json"
     return picture + (result_section(read_results(file), level=0) if file.exists() else [missing("demo")])
 
