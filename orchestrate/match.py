@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from defenses.base import Defense, Features, Matcher
@@ -176,8 +177,12 @@ class Rounds:
                 self.change.notify_all()
 
     def _run(self, epochs: list[int], me: Any) -> None:
-        """The one execution: every round's items through one pool of actors, results taken as they come."""
-        c, data = self.recipe.cluster, cluster.quiet_data()
+        """The one execution: every round's items through one pool of actors.
+
+        In order, and from blocks that are there: an actor that met a round's images before its captions would wait for the encoded
+        pool, and the captions for the actor. Tasks that made the items would hand them on in the order they end in.
+        """
+        c, data = self.recipe.cluster, cluster.quiet_data(in_order=True)
         self.items = work_items(epochs, {e: len(p.ids) for e, p in self.pools.items()}, self.table.num_rows, c.match_batch, c.match_actors)
         spec = {
             "recipe": self.recipe.as_dict(),
@@ -185,7 +190,7 @@ class Rounds:
             "gpus": c.match_gpus,
             "threads": max(1, (os.cpu_count() or 1) // c.match_actors),
         }
-        found = data.from_items(self.items, override_num_blocks=len(self.items)).map_batches(
+        found = data.from_arrow([pa.Table.from_pylist([item]) for item in self.items]).map_batches(
             MatchActor,
             fn_constructor_args=(me, spec),
             batch_size=None,
