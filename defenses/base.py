@@ -14,7 +14,7 @@ Every hook of `Defense` means 'leave it alone', so the base class is the undefen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -33,12 +33,14 @@ class Features(NamedTuple):
 
 
 class Match(NamedTuple):
-    """For each image the row of its caption in the pool (−1: its own stays), the distance paid, and the exact solves spent on it."""
+    """For each image its nearest caption in the pool, what that took to find, and, where its own caption competed, which of the two won."""
 
-    index: Tensor  # type: ignore[assignment]  # (N,) int64 into the pool; hides tuple.index
-    distance: Tensor  # (N,) float32
-    solved: Tensor | None = None  # (N,) int64
-    margin: Tensor | None = None  # (N,) float32: no other caption is nearer than distance + margin
+    index: Tensor  # type: ignore[assignment]  # (N,) int64 into the pool, whoever won; hides tuple.index
+    distance: Tensor  # (N,) float32, to that caption
+    solved: Tensor | None = None  # (N,) int64 exact solves
+    margin: Tensor | None = None  # (N,) float32: no other caption of the pool is nearer than distance + margin
+    stays: Tensor | None = None  # (N,) bool: the image keeps its own caption; None: it did not compete
+    own_distance: Tensor | None = None  # (N,) float32, to its own caption
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ LossFn = Callable[[ClipOutput], Tensor]
 class Matcher(Protocol):
     """What the matching actors need to know; a frozen dataclass of plain values."""
 
+    @property
+    def name(self) -> str: ...  # of the measure, as tables of matching quality call it: "cosine", "transport"
+    @property
+    def beside(self) -> Mapping[str, Matcher]: ...  # others to try on the same features, by name: compared, never learned from
     @property
     def pool_size(self) -> int | float: ...  # captions in the pool: a count, or a share of the training pairs
     @property

@@ -5,6 +5,7 @@ Similarities are computed in tiles, so memory is bounded by `block`², whatever 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from defenses.base import Features, Match
+from defenses.base import Features, Match, Matcher
 from defenses.transport_matching import transport_nearest as transport_nearest
 
 
@@ -76,11 +77,16 @@ class CosineMatcher:
     margin: float = 0.0
     block: int = 4096
 
+    name = "cosine"  # class constant
+
+    @property
+    def beside(self) -> Mapping[str, Matcher]:
+        return {}
+
     def match(self, images: Features, pool: Features, own: Features | None = None) -> Match:
-        """own: features (N, d) of each image's own caption, where `self.own`; index −1 says that it stays."""
+        """own: features (N, d) of each image's own caption, where `self.own`."""
         found = nearest(images.pooled, pool.pooled, block=self.block)
         if own is None:
             return found
         distance = 1 - (F.normalize(images.pooled.float(), dim=1) * F.normalize(own.pooled.float(), dim=1)).sum(1)
-        stays = distance <= found.distance + self.margin
-        return Match(torch.where(stays, -1, found.index), torch.where(stays, distance, found.distance))
+        return found._replace(stays=distance <= found.distance + self.margin, own_distance=distance)

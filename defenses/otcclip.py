@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from defenses.base import ClipOutput, Features, LossFn, Match, Matcher
+from defenses.matching import CosineMatcher
 from defenses.roclip import RoCLIP
 from defenses.token_pool import TokenPool
 from defenses.transport import transport_cost
@@ -35,8 +37,14 @@ class TransportMatcher:
     weight: float = 0.5
     approximate: int = 0
 
+    name = "transport"  # class constant
+
+    @property
+    def beside(self) -> Mapping[str, Matcher]:
+        return {"cosine": CosineMatcher()}
+
     def match(self, images: Features, pool: Features, own: Features | None = None) -> Match:
-        """own: features of each image's own caption, where `self.own`; index −1 says that it stays. The pool must not change in place."""
+        """own: features of each image's own caption, where `self.own`. The pool must not change in place."""
         assert images.tokens is not None and pool.tokens is not None
         if pool.tokens not in _READY:
             _READY[pool.tokens] = TokenPool(pool.tokens, pool.mask, pool.pooled)
@@ -51,8 +59,7 @@ class TransportMatcher:
         if own is None:
             return found
         distance = transport_pairs(images, own, epsilon=self.epsilon, weight=self.weight)
-        stays = distance <= found.distance + self.margin
-        return found._replace(index=torch.where(stays, -1, found.index), distance=torch.where(stays, distance, found.distance))
+        return found._replace(stays=distance <= found.distance + self.margin, own_distance=distance)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Captions to token ids: open_clip's byte-pair tokenizer behind a cache, padding trimmed."""
+"""Captions to token ids, by open_clip's byte-pair tokenizer behind a cache, padding trimmed; and tokens back to words."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from models.torchvision_door import open_clip
 
 CACHED_CAPTIONS = 2**18  # about 100 MB in a process when full, captions included: ids are kept as two-byte integers
+END = "·end"  # what the end token is called among words
 _SIMPLE_VOCABULARY = 49408
 
 
@@ -38,6 +39,42 @@ def encode(text_cfg: Mapping[str, Any], captions: Sequence[str]) -> Tensor:
             f"set text_cfg['vocab_size'] to {_SIMPLE_VOCABULARY}."
         )
     return _padded([_caption_ids(clean, context_length, caption) for caption in captions])
+
+
+def words(text_cfg: Mapping[str, Any], caption: str) -> tuple[list[str], list[int]]:
+    """The words of a caption as its tokens spell them, and which word (W) each of its tokens (L) belongs to.
+
+    Words are what stands between spaces after the tokenizer's cleaning, so they join back to the cleaned caption, as far as the context
+    length leaves it. Tokens are those that `encode.encode_text`'s mask counts: without start token and padding, with the end token, whose
+    word is `END`, the last. ValueError for a tokenizer other than open_clip's own.
+    """
+    if text_cfg.get("hf_tokenizer_name"):
+        raise ValueError(f"the tokens of {text_cfg['hf_tokenizer_name']!r} cannot be told apart into words: use open_clip's own tokenizer")
+    options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    tokenizer = _simple(options.get("clean", "lower"))
+    ids = encode(text_cfg, [caption])[0].tolist()
+    rest = tokenizer.clean_fn(caption)
+    spelled, owner = list[str](), list[int]()
+    for piece, count in _pieces(tokenizer, ids[1 : ids.index(tokenizer.eot_token_id)]):
+        if not spelled or rest.startswith(" "):
+            spelled.append("")
+        rest = rest.removeprefix(" ")[len(piece) :]
+        spelled[-1] += piece
+        owner += [len(spelled) - 1] * count
+    return [*spelled, END], [*owner, len(spelled)]
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, int]]:
+    """What the tokenizer split before it merged bytes: (text, number of tokens), each complete in its characters."""
+    found, start, tokens = list[tuple[str, int]](), 0, [tokenizer.decoder[i] for i in ids]
+    for at, token in enumerate(tokens, 1):
+        special = ids[at - 1] in tokenizer.all_special_ids
+        if token.endswith("</w>") or special or at == len(tokens):  # the last may be cut off by the context length
+            symbols = "".join(tokens[start:at]).removesuffix("</w>")
+            text = symbols if special else bytes(tokenizer.byte_decoder[c] for c in symbols).decode(errors="replace")
+            found.append((text, at - start))
+            start = at
+    return found
 
 
 def _padded(rows: list[bytes]) -> Tensor:

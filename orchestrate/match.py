@@ -28,7 +28,7 @@ import ray
 from defenses.base import Defense, Features, Matcher
 from orchestrate import cluster
 from orchestrate import recipe as recipes
-from orchestrate.pairing import Pool, assemble, draw_pool, facts, save
+from orchestrate.pairing import Pool, assemble, choose, draw_pool, facts, learned, save
 from orchestrate.prepared import build_attack, build_defense, pixels_of
 
 CAPTIONS, IMAGES = 0, 1  # kinds of work items
@@ -78,8 +78,7 @@ class MatchActor:
             self.pool = self.pool or self._encoded_pool(epoch)
             images = self.encoder.image_features(self.pixels.take(np.arange(start, stop)), self.matcher.tokens)
             own = self.encoder.text_features(self.own[start:stop], self.matcher.tokens) if self.matcher.own else None
-            match = self.matcher.match(images, self.pool, own)
-            arrays = {name: x.cpu().numpy() for name, x in match._asdict().items() if x is not None}
+            arrays = choose(self.matcher, images, self.pool, own)
         return {**item, "payload": np.array([pack(arrays)], dtype=object)}
 
     def _enter(self, epoch: int) -> None:
@@ -219,10 +218,10 @@ class Rounds:
     def _finish(self, epoch: int, match: dict[str, np.ndarray]) -> None:
         pool, matcher = self.pools[epoch], matcher_at(self.defense, epoch)
         save(self.run_dir / "rounds", epoch, self.table, pool, match)
-        pairing: dict[str, Any] = {"index": match["index"], "captions": pool.captions, "matched": matcher.matched}
+        pairing: dict[str, Any] = {"index": learned(match)[0], "captions": pool.captions, "matched": matcher.matched}
         if matcher.matched == "embedding":
             pairing["features"] = ray.get(self.encodings[epoch][0])["pooled"]
-        told = facts(self.table, pool, match)
+        told = facts(self.table, pool, match, matcher.name)
         with self.change:
             told |= {"kind": "match", "epoch": epoch, "seconds": time.monotonic() - self.started[epoch]}
             self.done[epoch] = {"pairing": [ray.put(pairing)], "facts": told}

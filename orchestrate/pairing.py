@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,11 @@ import pyarrow.parquet as pq
 
 from attacks.base import class_names, how_many, pick
 from orchestrate.data.nouns import SYNONYMS, mentions
+
+if TYPE_CHECKING:  # the report asks here which classes a caption names, and does without torch
+    from defenses.base import Features, Matcher
+
+BESIDE = "beside/"  # before the name of a matcher that was tried for comparison
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,34 @@ def assemble(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return joined
 
 
-def save(folder: Path, epoch: int, table: pa.Table, pool: Pool, match: dict[str, np.ndarray]) -> None:
-    """`e002.parquet`: id, pool_row (−1: the own caption stays) and distance of every pair; `e002-pool.parquet`: the pool's captions."""
+def choose(matcher: Matcher, images: Features, pool: Features, own: Features | None) -> dict[str, np.ndarray]:
+    """A match as arrays, its fields by name; under "beside/<name>" the rows (N,) that each other matcher would have chosen."""
+    fields = matcher.match(images, pool, own)._asdict()
+    fields |= {BESIDE + name: other.match(images, pool).index for name, other in matcher.beside.items()}
+    return {name: x.cpu().numpy() for name, x in fields.items() if x is not None}
+
+
+def learned(match: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """What each pair learns from: its row in the pool (N,), −1 where its own caption stays, and the distance to it (N,)."""
+    if "stays" not in match:
+        return match["index"], match["distance"]
+    stays = match["stays"]
+    return np.where(stays, -1, match["index"]), np.where(stays, match["own_distance"], match["distance"])
+
+
+def save(folder: Path, epoch: int, table: pa.Table, pool: Pool, match: Mapping[str, np.ndarray]) -> None:
+    """`e002.parquet`, a row for each pair, and `e002-pool.parquet`, the pool's ids and captions.
+
+    id; pool_row: the caption it learns from, −1 where its own stays; distance: to that caption; nearest: the pool's nearest all the same.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    index, distance = learned(match)
     pairs = pa.table(
         {
             "id": table.column("id"),
-            "pool_row": pa.array(match["index"].astype(np.int32)),
-            "distance": pa.array(match["distance"].astype(np.float32)),
+            "pool_row": pa.array(index.astype(np.int32)),
+            "distance": pa.array(distance.astype(np.float32)),
+            "nearest": pa.array(match["index"].astype(np.int32)),
         }
     )
     pq.write_table(pairs, folder / f"e{epoch:03d}.parquet", compression="zstd")
@@ -68,35 +93,53 @@ def named_classes(captions: Sequence[str], classes: Sequence[str]) -> list[froze
     return [frozenset(owner[k] for k in some) for some in mentions(captions, words)]
 
 
-def facts(table: pa.Table, pool: Pool, match: dict[str, np.ndarray]) -> dict[str, Any]:
+def facts(table: pa.Table, pool: Pool, match: Mapping[str, np.ndarray], matcher: str) -> dict[str, Any]:
     """What a round did, as shares:
 
     moved          pairs whose caption is another one now
     poisoned_kept  poisoned pairs whose new caption still names the adversary's class
     clean_kept     labelled clean pairs whose new caption still names their own class
+
+    and how good the pool's nearest captions are, learned from or not, by `matcher` and by those tried beside it:
+
+    quality/<matcher>/poisoned  poisoned pairs whose nearest caption does not name the adversary's class
+    quality/<matcher>/clean     labelled clean pairs whose nearest caption names their own class
     """
-    index, classes = match["index"], class_names(table)
-    poison = table.column("poison").to_numpy(zero_copy_only=False)
+    classes = class_names(table)
+    index, distance = learned(match)
     captions = np.array(table.column("caption").to_pylist(), dtype=object)
     stays = index < 0
     told: dict[str, Any] = {
         "pairs": len(index),
         "pool": len(pool.ids),
         "moved": float(np.mean(~stays & (captions != np.array(pool.captions, dtype=object)[index]))),
-        "distance": float(np.mean(match["distance"])),
+        "distance": float(np.mean(distance)),
         "used": len(np.unique(index[~stays])) / len(pool.ids),
-        "poisoned": int(poison.sum()),
+        "poisoned": int(table.column("poison").to_numpy(zero_copy_only=False).sum()),
     }
     if "solved" in match:
         told["solved"] = float(np.mean(match["solved"]))
     from_pool, from_own = named_classes(pool.captions, classes), iter(named_classes(captions[stays].tolist(), classes))
     named = [from_pool[k] if k >= 0 else next(from_own) for k in index]
-    if poison.any() and classes:
-        number = {name: i for i, name in enumerate(classes)}
-        adversary = [number.get(a, -1) for a in table.column("adversary").to_pylist()]
-        told["poisoned_kept"] = float(np.mean([adversary[i] in named[i] for i in np.flatnonzero(poison)]))
+    tried = {matcher: match["index"]} | {name.removeprefix(BESIDE): row for name, row in match.items() if name.startswith(BESIDE)}
+    for kind, (rows, wanted) in _watched(table, classes).items():
+        told[f"{kind}_kept"] = float(np.mean([k in named[i] for i, k in zip(rows, wanted, strict=True)]))
+        for name, nearest in tried.items():
+            naming = float(np.mean([k in from_pool[j] for j, k in zip(nearest[rows], wanted, strict=True)]))
+            told[f"quality/{name}/{kind}"] = naming if kind == "clean" else 1 - naming
+    return told
+
+
+def _watched(table: pa.Table, classes: Sequence[str]) -> dict[str, tuple[np.ndarray, list[int]]]:
+    """Kind of pair → its rows, and the class to look for in each: the adversary's of a poisoned pair, a clean pair's own."""
+    poison = table.column("poison").to_numpy(zero_copy_only=False)
     label = table.column("label").to_numpy()
+    kinds = {}
+    if poison.any() and classes:
+        rows, number = np.flatnonzero(poison), {name: i for i, name in enumerate(classes)}
+        adversary = table.column("adversary").to_pylist()
+        kinds["poisoned"] = (rows, [number.get(adversary[i], -1) for i in rows])
     clean = np.flatnonzero(~poison & (label >= 0))
     if len(clean):
-        told["clean_kept"] = float(np.mean([label[i] in named[i] for i in clean]))
-    return told
+        kinds["clean"] = (clean, label[clean].tolist())
+    return kinds

@@ -28,7 +28,7 @@ class Data:
     path: str = "scenes"
     size: int | float = 0  # training pairs kept, by hash: a count, a share, 0 = all (scenes: 4,000)
     heldout: int | float = 1000  # held-out pairs: a count or a share
-    captions: Literal["auto", "given", "made"] = "auto"
+    captions: Literal["auto", "given", "every", "made"] = "auto"  # every: each caption of a training image is a pair, not the first alone
     classes: tuple[str, ...] = ()  # evaluation classes; empty = from labels or caption nouns
     templates: tuple[str, ...] = ()  # zero-shot prompts with {}
     image_column: str = ""

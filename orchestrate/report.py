@@ -3,7 +3,7 @@
 The page opens offline and loads nothing: its own content policy forbids it. Everything that comes from data (captions, class
 names, ids, paths) is escaped by the template. What a run has not left (no gallery, no results yet) is left out, not guessed.
 
-    runs/roclip-1a2b3c4d/  recipe.json  metrics.jsonl  result.json  gallery.parquet  data.json   →   report.html
+    runs/roclip-1a2b3c4d/  recipe.json  metrics.jsonl  result.json  gallery.parquet  plans.parquet  data.json   →   report.html
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Run:
     data: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
     gallery: Sequence[Mapping[str, Any]]
+    plans: Sequence[Mapping[str, Any]] = ()
     label: str = ""
     color: str = ""
 
@@ -104,10 +105,7 @@ def _read(run_dirs: Sequence[Path]) -> list[Run]:
     red, *others = PALETTE  # red is for the undefended model, and only for it
     palette = iter((others * len(runs))[: len(runs)])
     colors = [red if undefended(run.result) else next(palette) for run in runs]
-    return [
-        Run(run.folder, run.recipe, run.result, run.data, run.records, run.gallery, name, color)
-        for run, name, color in zip(runs, names, colors, strict=True)
-    ]
+    return [replace(run, label=name, color=color) for run, name, color in zip(runs, names, colors, strict=True)]
 
 
 def _read_run(folder: Path) -> Run:
@@ -116,12 +114,18 @@ def _read_run(folder: Path) -> Run:
     recipe, result, data = (_json(folder / name) for name in ("recipe.json", "result.json", "data.json"))
     known = {name: (recipe.get(name) or {}).get("use", "none") for name in ("attack", "defense")} if recipe else {}
     known |= {"recipe": recipe.get("name", folder.name), "seed": recipe.get("seed"), "identity": recipe.get("identity")}
-    gallery = list[dict[str, Any]]()
-    if (folder / "gallery.parquet").exists():
-        import pyarrow.parquet as pq
+    gallery, plans = (_rows(folder / name) for name in ("gallery.parquet", "plans.parquet"))
+    return Run(folder.resolve().name, recipe, known | result, data, journal.read(folder / journal.NAME), gallery, plans)
 
-        gallery = pq.read_table(folder / "gallery.parquet").to_pylist()
-    return Run(folder.resolve().name, recipe, known | result, data, journal.read(folder / journal.NAME), gallery)
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet file; none where there is no file."""
+    if not path.exists():
+        return []
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -154,6 +158,8 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "figures": {name: Markup(svg) if svg else None for name, svg in figures.items()},  # drawn, and escaped, by us
         "matching": [_matching(run) for run in runs if run.rounds],
         "poisons": next((cards for run in runs if (cards := _poisons(run))), []),
+        "quality": [{"run": run, "rounds": rounds} for run in runs if (rounds := _quality(run))],
+        "plans": [{"run": run} | drawn for run in runs if (drawn := _plans(run))],
         "pairs": [{"run": run, "groups": groups} for run in runs if (groups := _pairs(run))],
         "provenance": [_provenance(run) for run in runs],
     }
@@ -211,6 +217,33 @@ def _round(record: Mapping[str, Any], measure: str) -> dict[str, Any]:
     counts = {key: "–" if value is None else f"{int(value):,}" for key, value in count.items()}
     seconds = duration(record.get("seconds"))
     return counts | share | {"closeness": "–" if close is None else f"{close:.2f}", "seconds": seconds}
+
+
+def _quality(run: Run) -> list[dict[str, Any]]:
+    """How good the pool's nearest captions were in the first and the last round, by each matcher tried; the best of a round marked."""
+    measured = [record for record in run.rounds if any(key.startswith("quality/") for key in record)]
+    rounds = []
+    for record in measured[:1] + measured[1:][-1:]:
+        names = sorted({key.split("/")[1] for key in record if key.startswith("quality/")})
+        shares = {kind: [finite(record.get(f"quality/{name}/{kind}")) for name in names] for kind in ("clean", "poisoned")}
+        best = {kind: max((x for x in some if x is not None), default=None) for kind, some in shares.items()}
+        lines = [
+            {"name": name} | {kind: {"share": some[k], "best": len(names) > 1 and some[k] == best[kind]} for kind, some in shares.items()}
+            for k, name in enumerate(names)
+        ]
+        rounds.append({"epoch": int(record["epoch"]), "pool": finite(record.get("pool")), "lines": lines})
+    return rounds
+
+
+def _plans(run: Run) -> dict[str, Any] | None:
+    """Transport plans with their images; None where the run has none."""
+    from orchestrate import report_plans
+
+    plans = [row for row in run.plans if _image(row["png"])]
+    drawn = report_plans.shown(plans, [str(name) for name in run.data.get("classes") or []])
+    for pair in drawn["pairs"] if drawn else ():
+        pair["image"] = _image(pair["png"])
+    return drawn
 
 
 def _different(runs: Sequence[Run]) -> list[str]:

@@ -21,12 +21,15 @@ from attacks.base import pick
 from orchestrate import journal
 from orchestrate.cluster import absolute
 from orchestrate.data.pixels import Pixels
-from orchestrate.prepared import Prepared
+from orchestrate.prepared import Prepared, build_defense
 from orchestrate.recipe import Recipe, flatten
 
 RESULT = "result.json"
 SHOWN = 8  # examples of each kind in the gallery
-ARTIFACTS = ("recipe.json", "data.json", "manifest.parquet", "quarantine.parquet", "rounds", "model", RESULT, "report.html")
+TABLES = ("manifest.parquet", "quarantine.parquet", "rounds", "plans.parquet")
+ARTIFACTS = ("recipe.json", "data.json", *TABLES, "model", RESULT, "report.html")
+MATCHED = ("poisoned_kept", "clean_kept", "moved")  # of the last matching round, in result.json
+ROUND = {"epoch": pa.int32(), "caption": pa.string(), "similarity": pa.float32(), "nearest": pa.string(), "stays": pa.bool_()}
 PACKAGES = ("torch", "open_clip_torch", "ray", "mlflow", "pyarrow", "numpy")
 
 
@@ -107,15 +110,16 @@ def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] 
     }
     result |= {k: v for k, v in last.items() if k not in ("kind", "epoch", "step", "time", "seconds")}
     rounds = [r for r in records if r["kind"] == "match"]
-    for key in ("poisoned_kept", "clean_kept", "moved"):
-        if rounds and key in rounds[-1]:
-            result[f"match/{key}"] = rounds[-1][key]
+    shares = {k: v for k, v in (rounds[-1] if rounds else {}).items() if k in MATCHED or k.startswith("quality/")}
+    result |= {f"match/{name}": share for name, share in shares.items()}
     result |= {f"seconds/{kind}": sum(r["seconds"] for r in records if r["kind"] == kind) for kind in ("train", "match", "eval")}
     result["seconds/data"] = data_seconds
     result |= {f"versions/{name}": _version(name) for name in PACKAGES} | {"versions/python": platform.python_version()}
-    if state is not None:
-        export(recipe, folder / "model", state, result)
     complete_gallery(folder)
+    if state is not None:
+        model, cfg = trained(recipe, state)
+        export(recipe, folder / "model", model, cfg, result)
+        write_plans(recipe, folder, model, cfg)
     write_json(folder / RESULT, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # optimiser state: only an unfinished run needs it
     return result
@@ -128,14 +132,20 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def export(recipe: Recipe, folder: Path, state: dict[str, Any], result: dict[str, Any]) -> None:
-    """The trained model as an open_clip folder, with a card that says what poisoned it."""
+def trained(recipe: Recipe, state: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The trained model, on the CPU, and its model_cfg."""
     from models import clip
-    from models import export as exporting
 
     cfg = clip.config(recipe.model.name, recipe.model.image_size or None)
     model = clip.build(cfg, seed=recipe.seed)
     model.load_state_dict(state["model"])
+    return model, cfg
+
+
+def export(recipe: Recipe, folder: Path, model: Any, cfg: dict[str, Any], result: dict[str, Any]) -> None:
+    """The trained model as an open_clip folder, with a card that says what poisoned it."""
+    from models import export as exporting
+
     facts = {
         "attack": result["attack"] if result["poison/count"] else "none",
         "count": result["poison/count"],
@@ -147,6 +157,14 @@ def export(recipe: Recipe, folder: Path, state: dict[str, Any], result: dict[str
         **{k: v for k, v in result.items() if k.split("/")[0] in ("zeroshot", "probe", "retrieval", "asr")},
     }
     exporting.save(model, cfg, folder, exporting.card(facts))
+
+
+def write_plans(recipe: Recipe, folder: Path, model: Any, cfg: dict[str, Any]) -> None:
+    """plans.parquet, where the run's defence matches by transport; needs a complete gallery."""
+    from orchestrate import plans
+    from orchestrate.encoder import Encoder
+
+    plans.write(folder, build_defense(recipe), Encoder(model, cfg, batch=recipe.evaluate.batch, precision=recipe.evaluate.precision))
 
 
 # --- the gallery: a few pairs as a person would see them ---------------------------------------------------------------------------
@@ -206,7 +224,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 def complete_gallery(folder: Path) -> None:
-    """Add to the gallery what each round matched its pairs with."""
+    """Add to the gallery what each round matched its pairs with, and what the pool held nearest where the own caption stayed."""
     file = folder / "gallery.parquet"
     gallery = pq.read_table(file)
     at, own = gallery.column("row").to_numpy(), gallery.column("caption").to_pylist()
@@ -217,9 +235,11 @@ def complete_gallery(folder: Path) -> None:
         for k, i in enumerate(at):
             match = table.slice(int(i), 1).to_pylist()[0]
             similarity = 1.0 - match["distance"]
-            given = captions[match["pool_row"]].as_py() if match["pool_row"] >= 0 else own[k]
-            history[k].append({"epoch": int(pairs.stem[1:]), "caption": given, "similarity": similarity})
-    kind = pa.list_(pa.struct([("epoch", pa.int32()), ("caption", pa.string()), ("similarity", pa.float32())]))
+            nearest = captions[match["nearest"]].as_py()
+            stays = match["pool_row"] < 0
+            shown = {"epoch": int(pairs.stem[1:]), "caption": own[k] if stays else nearest, "similarity": similarity}
+            history[k].append(shown | {"nearest": nearest, "stays": stays})
+    kind = pa.list_(pa.struct([*ROUND.items()]))
     if "rounds" in gallery.column_names:
         gallery = gallery.drop_columns(["rounds"])
     pq.write_table(gallery.append_column("rounds", pa.array(history, kind)), file, compression="zstd")

@@ -184,7 +184,7 @@ def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
-            compute=data.TaskPoolStrategy(size=recipe.cluster.readers),
+            compute=data.TaskPoolStrategy(size=min(recipe.cluster.readers, len(blocks))),
         )
         for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
             if images is not None:
@@ -457,7 +457,7 @@ class Worker:
             batch_size=None,
             batch_format="numpy",
             num_cpus=1,
-            compute=data.TaskPoolStrategy(size=max(1, self.recipe.cluster.readers // self.world)),
+            compute=data.TaskPoolStrategy(size=min(len(items), max(1, self.recipe.cluster.readers // self.world))),
         )
         for batch in found.iter_batches(batch_size=order.shape[1], prefetch_batches=1, batch_format="numpy"):
             yield batch["image"]

@@ -208,6 +208,6 @@ def test_what_a_round_reports_is_defined() -> None:
     columns = {"caption": ["a dog", "a cat"], "poison": [True, False], "adversary": ["cat", ""], "label": pa.array([0, 1], pa.int32())}
     table = pa.table(columns).replace_schema_metadata({b"classes": b'["dog", "cat"]'})
     match = {"index": np.array([1, 1]), "distance": np.zeros(2), "solved": np.ones(2)}
-    told = pairing.facts(table, pairing.Pool(["0", "1"], ["a dog", "a cat"]), match)
+    told = pairing.facts(table, pairing.Pool(["0", "1"], ["a dog", "a cat"]), match, "NAME")
     assert (told["poisoned_kept"], told["clean_kept"], told["moved"]) == (1, 1, 0.5)
     assert not set(told) - set(re.findall(r"`([^`\s]+)`", USAGE))

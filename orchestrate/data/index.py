@@ -24,7 +24,7 @@ from orchestrate.data.captions import NOUN_SHARE, made_captions
 from orchestrate.data.files import find
 from orchestrate.data.labels import evaluation, given_names, labelled
 from orchestrate.data.reader import check_share
-from orchestrate.data.rows import QUARANTINE, RAW, VARIANT, Source, Wish, bad_rows, unique_ids
+from orchestrate.data.rows import QUARANTINE, RAW, VARIANT, Source, Wish, bad_rows, unique_ids, variant
 
 INDEX = pa.schema([RAW.field(name) for name in ("id", "path", "where", "row", "size", "caption", "label")])
 TEMPLATES: tuple[str, ...] = ("a photo of a {}", "a picture of a {}", "an image of a {}", "{}")
@@ -99,9 +99,10 @@ def open_dataset(config: Data, progress: Progress | None = None) -> Dataset:
         raise ValueError(f"{config.path} has no usable training row: all {total:,} are quarantined.")
     train, heldout, split_note = _split(tables, config)
     classes, train, heldout, classes_note = evaluation(names, config.classes, train, heldout)
+    train, every_note = _every_caption(train) if config.captions == "every" else (train, "")
     train, size_note = (train, "") if scenes else _keep(train, config)
     report = [f"{name}: {'built-in scenes, ' if scenes else ''}{kind}.", *notes, *parts["train"].notes, captions_note]
-    report += [labels_note, classes_note, split_note, size_note, _counts_note(classes, train, heldout)]
+    report += [labels_note, classes_note, split_note, every_note, size_note, _counts_note(classes, train, heldout)]
     report += [f"{bad.num_rows:,} of {total:,} rows quarantined." if bad.num_rows else "No row quarantined."]
     meta = {b"classes": json.dumps(classes).encode()}
     train, heldout = (rows.select(INDEX.names).replace_schema_metadata(meta) for rows in (train, heldout))
@@ -122,8 +123,8 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def _check(config: Data) -> None:
-    if config.captions not in ("auto", "given", "made"):
-        raise ValueError(f"data.captions={config.captions} is unknown: it is auto, given or made.")
+    if config.captions not in ("auto", "given", "every", "made"):
+        raise ValueError(f"data.captions={config.captions} is unknown: it is auto, given, every or made.")
     for template in config.templates:
         if template.count("{}") != 1:
             raise ValueError(f"data.templates: {template!r} needs one {{}}, where the class name goes.")
@@ -181,7 +182,7 @@ def _usable(config: Data, parts: dict[str, Source], names: Sequence[str]) -> tup
 
 def _wants_made(config: Data, train: pa.Table, names: Sequence[str]) -> bool:
     given = train["caption"].null_count < train.num_rows
-    if config.captions == "given" and not given:
+    if config.captions in ("given", "every") and not given:
         mend = "Name the column (data.caption_column=…) or have them made (data.captions=made)."
         raise ValueError(f"{config.path} has no captions. {mend}")
     if given and config.captions != "made":
@@ -242,6 +243,23 @@ def _first(images: pa.Array, count: int, seed: int) -> pa.Array:
     order = np.argsort(ranks(names.to_pylist(), seed, "heldout"), kind="stable")
     rows = np.cumsum(tally.field("counts").to_numpy()[order])
     return names.take(pa.array(order[: int(np.searchsorted(rows, count)) + 1 if count else 0]))
+
+
+def _every_caption(train: pa.Table) -> tuple[pa.Table, str]:
+    """A pair for each different caption of an image; the first keeps the image's id, the others carry a hash of the caption."""
+    at, ids, texts = list[int](), list[str](), list[str]()
+    columns = (train[name].to_pylist() for name in ("id", "caption", "captions"))
+    for i, (ident, first, more) in enumerate(zip(*columns, strict=True)):
+        others = dict.fromkeys(text for text in more or () if text and any(map(str.isalpha, text)))
+        others.pop(first, None)
+        at += [i] * (1 + len(others))
+        ids += [ident, *(variant(ident, text) for text in others)]
+        texts += [first, *others]
+    pairs = train.take(pa.array(at, pa.int64()))
+    for name, values in (("id", ids), ("caption", texts)):
+        pairs = pairs.set_column(RAW.get_field_index(name), name, pa.array(values, pa.string()))
+    unique_ids(pairs)
+    return pairs, f"{train.num_rows:,} training images make {len(ids):,} pairs, one a caption (data.captions=every)."
 
 
 def _by_hash(rows: pa.Table, count: int, seed: int, salt: str) -> pa.Table:

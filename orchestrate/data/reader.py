@@ -175,9 +175,10 @@ def _place(row: dict[str, Any]) -> str:
 
 
 def quarantined(rows: pa.Table, errors: Sequence[tuple[int, str]]) -> pa.Table:
-    """What `load` could not read, as a quarantine table (id, path, row, reason)."""
-    some = rows.select(["id", "path", "row"]).take(pa.array([position for position, _ in errors], pa.int64()))
-    return some.append_column("reason", pa.array([reason for _, reason in errors], pa.string())).cast(QUARANTINE)
+    """What `load` could not read, as a quarantine table (id, path, row, reason); the place has columns of its own there."""
+    some = rows.select(["id", "path", "where", "row"]).take(pa.array([position for position, _ in errors], pa.int64()))
+    causes = [reason.removeprefix(f"{_place(row)}: ") for row, (_, reason) in zip(some.to_pylist(), errors, strict=True)]
+    return some.drop_columns("where").append_column("reason", pa.array(causes, pa.string())).cast(QUARANTINE)
 
 
 def check_share(total: int, bad: pa.Table | Sequence[tuple[int, str]], max_bad: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 
 # The same image with several captions: its id carries a hash of the caption, so that it does not depend on row order.
 VARIANT = re.compile(r"#c[0-9a-f]{8}$")
+
+
+def variant(image: str, caption: str) -> str:
+    """The id of a pair of an image that has several captions."""
+    return f"{image}#c{hashlib.blake2b(caption.encode(), digest_size=4).hexdigest()}"
 
 
 @dataclass(frozen=True)

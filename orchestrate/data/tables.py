@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv as text
-import hashlib
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from orchestrate.data.files import File, Listing, below, open_file, parent, sizes
-from orchestrate.data.rows import CAPTIONS, CLASSES, IDS, LABELS, Source, Wish, bad_rows, column, empty, fill, named
+from orchestrate.data.rows import CAPTIONS, CLASSES, IDS, LABELS, Source, Wish, bad_rows, column, empty, fill, named, variant
 
 PATHS = ("filepath", "image", "image_path", "filename", "file_name", "path", "image_file", "file", "img")
 
@@ -171,7 +170,6 @@ def with_ids(rows: dict[str, Any], table: pa.Table, ident: str, derived: pa.Arra
     several = len(pc.unique(ids)) < len(ids) and rows.get("caption") is not None
     if several and ident.lower() in ("", "image_id"):
         texts = rows["caption"].to_pylist()
-        hashes = (hashlib.blake2b((text or "").encode(), digest_size=4).hexdigest() for text in texts)
-        ids = pa.array([f"{i}#c{h}" for i, h in zip(ids.to_pylist(), hashes, strict=True)], pa.string())
+        ids = pa.array([variant(i, text or "") for i, text in zip(ids.to_pylist(), texts, strict=True)], pa.string())
         about += " Images have several captions: each is a pair of its own, its id made from image and caption."
     return rows | {"id": ids}, [about]

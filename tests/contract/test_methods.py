@@ -254,10 +254,19 @@ def test_a_matcher_says_what_the_actors_must_know_and_matches(defense, epoch):
     match = matcher.match(images, pool, own)
     assert match.index.shape == (17,) and match.index.dtype == torch.int64
     assert match.distance.shape == (17,) and match.distance.dtype == torch.float32 and match.distance.isfinite().all()
-    assert ((match.index >= (-1 if matcher.own else 0)) & (match.index < 6)).all()
+    assert ((match.index >= 0) & (match.index < 6)).all()
+    assert (match.stays is not None) == (match.own_distance is not None) == matcher.own
     part = matcher.match(rows(images, 5, 9), pool, own and rows(own, 5, 9))
     assert torch.equal(part.index, match.index[5:9])  # an item of work may be cut anywhere
     torch.testing.assert_close(part.distance, match.distance[5:9])
+    if matcher.own:
+        assert match.stays.shape == (17,) and match.stays.dtype == torch.bool and torch.equal(part.stays, match.stays[5:9])
+        assert match.own_distance.shape == (17,) and match.own_distance.isfinite().all()
+    assert matcher.name and matcher.name not in matcher.beside  # these are names of columns
+    for name, other in matcher.beside.items():
+        assert other.name == name and not other.own and not (other.tokens and not matcher.tokens)
+        tried = other.match(images, pool).index  # on the very features the matcher asked for
+        assert tried.shape == (17,) and ((tried >= 0) & (tried < 6)).all()
 
 
 def test_a_defence_with_a_matcher_uses_it_within_eight_epochs(defense):

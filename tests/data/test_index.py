@@ -150,6 +150,23 @@ def test_captioned_sets_get_noun_classes(tmp_path: Path):
     assert open_dataset(replace(config, classes=("pet", "sunset"))).train["label"].to_pylist()[:4] == [-1, -1, 0, 1]
 
 
+def test_every_caption_of_a_training_image_can_be_a_pair(tmp_path: Path):
+    texts = [["a dog runs", "an animal", "a dog runs", "…"], ["a cat sits", "two cats", "pets"], ["a sunset", "sky"]] * 20
+    config = write(tmp_path, {"id": [f"i{k}" for k in range(60)], "caption": [t[0] for t in texts], "captions": texts})
+    first = open_dataset(replace(config, classes=("dog", "cat"), heldout=6))
+    every = open_dataset(replace(config, classes=("dog", "cat"), heldout=6, captions="every"))
+    assert every.heldout.equals(first.heldout)
+    pairs = every.train.to_pylist()
+    assert {p["id"]: p["caption"] for p in pairs}.items() >= {p["id"]: p["caption"] for p in first.train.to_pylist()}.items()
+    wanted = {"a dog runs": 2, "a cat sits": 3, "a sunset": 2}  # different captions with letters
+    assert len(pairs) == sum(wanted[caption] for caption in first.train["caption"].to_pylist())
+    images = {p["id"].partition("#")[0]: p["row"] for p in pairs}
+    assert all(images[p["id"].partition("#")[0]] == p["row"] for p in pairs) and len(images) == first.train.num_rows
+    assert sum("one a caption" in sentence for sentence in every.report) == 1
+    kept = open_dataset(replace(config, classes=("dog", "cat"), heldout=6, captions="every", size=50))
+    assert kept.train.num_rows == 50
+
+
 @given(st.permutations(["a dog", "a cat", "a dog with a cat", "a man", "two men", "nothing"] * 25))
 @settings(max_examples=10, deadline=None)
 def test_noun_classes_do_not_depend_on_order(texts):

@@ -87,7 +87,7 @@ def test_the_matcher_matches_pooled_features():
     images, pool = Features(torch.eye(4)), Features(torch.eye(4).flip(0))
     matcher = CosineMatcher()
     assert matcher.match(images, pool).index.tolist() == [3, 2, 1, 0]
-    assert not matcher.tokens
+    assert not matcher.tokens and matcher.name == "cosine" and not matcher.beside
 
 
 def test_an_own_caption_stays_unless_the_pool_is_nearer_by_more_than_the_margin():
@@ -98,6 +98,8 @@ def test_an_own_caption_stays_unless_the_pool_is_nearer_by_more_than_the_margin(
     for margin in (0.0, 0.25, 0.5):
         found = CosineMatcher(own=True, margin=margin).match(images, pool, own)
         stays = mine >= cosine.max(1).values - margin
-        assert found.index.tolist() == torch.where(stays, -1, cosine.argmax(1)).tolist()
-        torch.testing.assert_close(found.distance, 1 - torch.where(stays, mine, cosine.max(1).values))
-        assert 0 < int(stays.sum()) < 50
+        assert found.stays.tolist() == stays.tolist() and 0 < int(stays.sum()) < 50
+        torch.testing.assert_close(found.own_distance, 1 - mine)
+        plain = CosineMatcher().match(images, pool)  # who competes does not change what the pool holds
+        assert torch.equal(found.index, plain.index) and torch.equal(found.distance, plain.distance)
+        assert plain.stays is None and plain.own_distance is None

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from defenses import otcclip
 from defenses.base import ClipOutput, Features, clip_loss
+from defenses.matching import CosineMatcher
 from defenses.otcclip import OTCCLIP, TransportMatcher, inter_modal, intra_modal, pair_costs
 from defenses.roclip import RoCLIP
 from defenses.token_pool import TokenPool
@@ -88,10 +89,14 @@ def test_the_own_caption_stays_unless_the_pool_is_nearer_by_the_margin():
     plain = TransportMatcher().match(images, pool)
     for margin in (0.0, 0.1, 10.0):
         match = TransportMatcher(own=True, margin=margin).match(images, pool, own)
-        stays = theirs <= plain.distance + margin
-        assert torch.equal(match.index, torch.where(stays, -1, plain.index))
-        torch.testing.assert_close(match.distance, torch.where(stays, theirs, plain.distance))
-    assert (match.index == -1).all()
+        assert torch.equal(match.stays, theirs <= plain.distance + margin)
+        torch.testing.assert_close(match.own_distance, theirs)
+        assert torch.equal(match.index, plain.index) and torch.equal(match.distance, plain.distance)  # the pool's nearest, whoever won
+    assert match.stays.all() and plain.stays is None and plain.own_distance is None
+
+
+def test_cosine_is_tried_beside_it_for_comparison():
+    assert TransportMatcher.name == "transport" and dict(TransportMatcher().beside) == {"cosine": CosineMatcher()}
 
 
 # --- losses ------------------------------------------------------------------------------------------------------------------

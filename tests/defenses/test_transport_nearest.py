@@ -137,7 +137,7 @@ def test_one_image_or_many_in_any_chunks():
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     torch.testing.assert_close(torch.cat([part.distance for part in parts]), whole.distance, rtol=0, atol=1e-7)
     empty = transport_nearest(images.tokens[:0], ready)
-    assert all(x is not None and x.shape == (0,) for x in empty) and empty.index.dtype == torch.int64
+    assert all(x is not None and x.shape == (0,) for x in empty[:4]) and empty.index.dtype == torch.int64
 
 
 def test_images_share_the_whole_pool_or_gather_what_is_left(monkeypatch):

@@ -61,6 +61,43 @@ def test_the_cleaning_of_the_configuration_is_used():
     assert torch.equal(ids, reference[:, : ids.shape[1]])
 
 
+CLEAN = open_clip.SimpleTokenizer().clean_fn
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.text(max_size=40), st.from_regex(r"[a-z!'&;,.<>_ 0-9é🐶]{0,60}")))
+def test_words_join_back_to_the_caption_and_own_every_token(caption):
+    text = CFG["text_cfg"] | {"context_length": 400}
+    words, owner = tokens.words(text, caption)
+    assert words[-1] == tokens.END and owner[-1] == len(words) - 1
+    assert owner == sorted(owner) and set(owner) == set(range(len(words)))
+    content = clip.tokenize({"text_cfg": text}, [caption])[0]
+    assert len(owner) == int((content == 49407).int().argmax())  # all but the start token, up to the first end token
+    cut = "<end_of_text>" in CLEAN(caption)
+    assert cut or " ".join(words[:-1]) == CLEAN(caption)
+
+
+@pytest.mark.parametrize(
+    ("caption", "words", "counts"),
+    [
+        ("A dog, in 1990's château!", ["a", "dog,", "in", "1990's", "château!"], [1, 2, 1, 5, 3]),
+        ("", [], []),
+        ("antidisestablishment of 🐶🐶x", ["antidisestablishment", "of", "🐶🐶x"], [5, 1, 3]),
+        ("word " * 90, ["word"] * 30, [1] * 30),
+        ("a <b>dog</b>", ["a", "<b>dog</b>"], [1, 7]),
+    ],
+)
+def test_words_are_what_stands_between_spaces(caption, words, counts):
+    found, owner = tokens.words(CFG["text_cfg"], caption)
+    assert found == [*words, tokens.END]
+    assert [owner.count(k) for k in range(len(words))] == counts
+
+
+def test_words_of_a_foreign_tokenizer_are_refused():
+    with pytest.raises(ValueError, match="told apart"):
+        tokens.words(CFG["text_cfg"] | {"hf_tokenizer_name": "not-on-this-machine"}, "a dog")
+
+
 def test_what_cannot_be_tokenised_is_refused():
     with pytest.raises(ValueError, match="caption"):
         clip.tokenize(CFG, "one string")

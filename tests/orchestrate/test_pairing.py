@@ -10,9 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
+from defenses.base import Features
+from defenses.matching import CosineMatcher
+from defenses.otcclip import TransportMatcher
 from orchestrate import pairing
 from orchestrate.pairing import Pool
 
@@ -90,12 +95,20 @@ def test_flat_results_are_joined_in_order(counts):
 
 def test_a_round_on_disk_says_which_caption_each_pair_got(tmp_path: Path):
     table, pool = pairs(3), Pool(["s002", "s000"], ["caption 2", "caption 0"])
-    pairing.save(tmp_path / "rounds", 4, table, pool, {"index": np.array([1, 0, 0]), "distance": np.array([0.25, 0.5, 0.0])})
+    match = {"index": np.array([1, 0, 0]), "distance": np.array([0.25, 0.5, 0.0])}
+    pairing.save(tmp_path / "rounds", 4, table, pool, match)
     stored = pq.read_table(tmp_path / "rounds" / "e004.parquet")
     assert stored.to_pylist() == [
-        {"id": "s000", "pool_row": 1, "distance": 0.25},
-        {"id": "s001", "pool_row": 0, "distance": 0.5},
-        {"id": "s002", "pool_row": 0, "distance": 0.0},
+        {"id": "s000", "pool_row": 1, "distance": 0.25, "nearest": 1},
+        {"id": "s001", "pool_row": 0, "distance": 0.5, "nearest": 0},
+        {"id": "s002", "pool_row": 0, "distance": 0.0, "nearest": 0},
+    ]
+    match |= {"stays": np.array([False, True, False]), "own_distance": np.array([0.75, 0.125, 1.0])}
+    pairing.save(tmp_path / "rounds", 5, table, pool, match)
+    assert pq.read_table(tmp_path / "rounds" / "e005.parquet").to_pylist() == [
+        {"id": "s000", "pool_row": 1, "distance": 0.25, "nearest": 1},
+        {"id": "s001", "pool_row": -1, "distance": 0.125, "nearest": 0},
+        {"id": "s002", "pool_row": 0, "distance": 0.0, "nearest": 0},
     ]
     assert pq.read_table(tmp_path / "rounds" / "e004-pool.parquet").to_pydict() == {"id": pool.ids, "caption": pool.captions}
 
@@ -138,7 +151,7 @@ def test_facts_of_a_round_counted_by_hand():
             ("a traffic light", 0, True, "traffic light"),  # poison broken: its own true class counts for nothing
         ]
     )
-    told = pairing.facts(table, POOL, matched(2, 0, 1, 2, 3, 0, 3, 0))
+    told = pairing.facts(table, POOL, matched(2, 0, 1, 2, 3, 0, 3, 0), "cosine")
     assert told["pairs"] == 8 and told["pool"] == 4 and told["poisoned"] == 3
     assert told["moved"] == 7 / 8
     assert told["distance"] == 0.5
@@ -153,31 +166,72 @@ def test_a_pair_whose_own_caption_stays_has_not_moved():
     table = poisoned_table(
         [("a dog", 0, False, ""), ("a cat", 0, False, ""), ("a dog", 1, True, "dog"), ("a dog", 1, True, "dog"), ("dogs", 0, False, "")]
     )
-    told = pairing.facts(table, POOL, matched(-1, -1, -1, 3, 2))
+    stays, apart = [True, True, True, False, False], [0.1, 0.2, 0.3, 0.9, 0.9]
+    told = pairing.facts(table, POOL, matched(2, 3, 0, 3, 2, stays=stays, own_distance=apart), "cosine")
     assert told["moved"] == 2 / 5 and told["used"] == 2 / 4
     assert told["clean_kept"] == pytest.approx(1 / 3)  # "a dog" stays, "a cat" is not its class, "my old car" neither
     assert told["poisoned_kept"] == 1 / 2
-    everything = pairing.facts(table, POOL, matched(*[-1] * 5))
+    assert told["distance"] == pytest.approx((0.1 + 0.2 + 0.3 + 0.5 + 0.5) / 5)  # to what each learns from
+    everything = pairing.facts(table, POOL, matched(*[0] * 5, stays=[True] * 5, own_distance=apart), "cosine")
     assert everything["moved"] == everything["used"] == 0 and everything["poisoned_kept"] == 1
 
 
+def test_quality_is_of_the_pools_nearest_captions_whether_or_not_a_pair_learns_from_them():
+    table = poisoned_table(
+        [
+            ("a dog", 0, False, ""),
+            ("a cat", 0, False, ""),
+            ("a van", 2, False, ""),
+            ("who knows", -1, False, ""),
+            ("a dog", 1, True, "dog"),
+            ("a dog", 2, True, "dog"),
+        ]
+    )
+    transport, cosine = (0, 2, 2, 0, 1, 0), (0, 0, 1, 3, 0, 0)
+    choices = matched(*transport, stays=[True] * 6, own_distance=[0.0] * 6, **{"beside/cosine": cosine})
+    told = pairing.facts(table, POOL, choices, "transport")
+    assert told["quality/transport/clean"] == pytest.approx(2 / 3)  # two dogs for a dog, a car for a dog, a car for an automobile
+    assert told["quality/cosine/clean"] == pytest.approx(2 / 3)
+    assert told["quality/transport/poisoned"] == 1 / 2  # a traffic light frees the first, two dogs do not free the second
+    assert told["quality/cosine/poisoned"] == 0
+    assert (told["poisoned_kept"], told["clean_kept"], told["moved"]) == (1, 1 / 3, 0)  # they all kept what they had
+    free = pairing.facts(table, POOL, matched(*transport, **{"beside/cosine": cosine}), "transport")
+    assert [free[key] for key in free if key.startswith("quality/")] == [told[key] for key in told if key.startswith("quality/")]
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_what_is_tried_beside_a_matcher_chooses_from_the_same_features_and_pool():
+    draw = torch.Generator().manual_seed(0)
+
+    def features(rows: int, size: int) -> Features:
+        tokens = F.normalize(torch.randn(rows, size, 8, generator=draw), dim=2)
+        return Features(F.normalize(torch.randn(rows, 8, generator=draw), dim=1), tokens, torch.ones(rows, size, dtype=torch.bool))
+
+    images, pool, own = features(40, 4), features(9, 5), features(40, 6)
+    found = pairing.choose(TransportMatcher(own=True, weight=0.0), images, pool, own)
+    assert set(found) == {"index", "distance", "solved", "margin", "stays", "own_distance", "beside/cosine"}
+    cosine = pairing.choose(CosineMatcher(), images, pool, None)
+    assert set(cosine) == {"index", "distance"}
+    assert np.array_equal(found["beside/cosine"], cosine["index"]) and (found["index"] != cosine["index"]).any()
+
+
 def test_facts_of_a_clean_round_say_nothing_of_poison():
-    told = pairing.facts(poisoned_table([("a dog", 0, False, ""), ("x", -1, False, "")]), POOL, matched(3, 3, solved=[2.0, 4.0]))
-    assert "poisoned_kept" not in told and told["poisoned"] == 0
+    told = pairing.facts(poisoned_table([("a dog", 0, False, ""), ("x", -1, False, "")]), POOL, matched(3, 3, solved=[2.0, 4.0]), "cosine")
+    assert "poisoned_kept" not in told and "quality/cosine/poisoned" not in told and told["poisoned"] == 0
     assert told["clean_kept"] == 0 and told["used"] == 0.25 and told["solved"] == 3.0
 
 
 def test_facts_without_labels_or_classes_claim_no_class():
     table = poisoned_table([("a dog", -1, False, ""), ("a dog", -1, True, "dog")])
-    told = pairing.facts(table, POOL, matched(0, 0))
+    told = pairing.facts(table, POOL, matched(0, 0), "cosine")
     assert "clean_kept" not in told and told["poisoned_kept"] == 1.0
-    told = pairing.facts(table.replace_schema_metadata(None), POOL, matched(0, 0))
-    assert "clean_kept" not in told and "poisoned_kept" not in told
+    told = pairing.facts(table.replace_schema_metadata(None), POOL, matched(0, 0), "cosine")
+    assert "clean_kept" not in told and "poisoned_kept" not in told and not any(key.startswith("quality/") for key in told)
 
 
 def test_an_adversary_outside_the_classes_is_never_kept():
-    told = pairing.facts(poisoned_table([("a wolf", 0, True, "wolf")]), POOL, matched(0))
-    assert told["poisoned_kept"] == 0.0
+    told = pairing.facts(poisoned_table([("a wolf", 0, True, "wolf")]), POOL, matched(0), "cosine")
+    assert told["poisoned_kept"] == 0.0 and told["quality/cosine/poisoned"] == 1.0
 
 
 @pytest.mark.parametrize(

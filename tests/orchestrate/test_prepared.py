@@ -230,7 +230,8 @@ def test_unreadable_images_are_left_out_and_recorded(tmp_path):
     assert found.train.num_rows == 118 and not set(found.train["id"].to_pylist()) & {"train0003", "train0077"}
     assert found.heldout.equals(dataset.heldout) and found.train.schema.metadata == dataset.train.schema.metadata
     assert found.quarantine["id"].to_pylist() == ["train0003", "train0077"]
-    assert all("train.parquet" in why and "not an image" in why for why in found.quarantine["reason"].to_pylist())
+    told = list(zip(found.quarantine["path"].to_pylist(), found.quarantine["reason"].to_pylist(), strict=True))
+    assert all("train.parquet" in path and "not an image" in why and "train.parquet" not in why for path, why in told)
     assert found.report[-1] == "2 images could not be read and are quarantined."
     assert reader.load(found.train, small.SIDE)[1] == []
 

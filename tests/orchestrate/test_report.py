@@ -72,6 +72,20 @@ def gallery(path: Path, robust: list[int]) -> None:
     pq.write_table(pa.Table.from_pylist([dict(zip(GALLERY.names, row, strict=True)) for row in rows], GALLERY), path)
 
 
+def plans(path: Path) -> None:
+    """Plans of two pairs: a poisoned one with an evil caption, and a clean one that kept its own."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for i, (section, adversary, which) in enumerate([("poison", "star", "matched"), ("clean", "", "nearest")]):
+        for k, (kind, caption) in enumerate([("original", EVIL), (which, "a small ring on a beach")]):
+            words = [*caption.split(), "·end"]
+            plan = rng.dirichlet(np.full(len(words), 0.1), 16) / 16  # patches × words
+            pair = {"id": f"p{i}", "section": section, "kind": "", "stamp": "", "truth": "ring", "adversary": adversary}
+            told = {"epoch": 8, "which": kind, "caption": caption, "words": words, "distance": 0.75 - 0.1 * k, "epsilon": 0.1}
+            rows.append(pair | told | {"png": picture(i), "plan": plan.T.flatten().tolist(), "rows": 4, "columns": 4})
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
 def leave(folder: Path, defense: str, hits: tuple[int, int], top1: float, every: int = 0, **extra: Any) -> Path:
     """One run directory. hits: successes of 16 targets and of 200 triggered images; `every`: robust epochs."""
     folder.mkdir(parents=True)
@@ -235,6 +249,40 @@ def test_matched_captions_are_marked_by_what_they_name(runs: list[Path], page: t
     shown = next(card for group in report._pairs(report._read(runs[:1])[0]) for card in group["cards"] if card["row"]["id"] == row["id"])
     assert [one["names"] for one in shown["rounds"]] == [f" {row['adversary']} " in one["caption"] for one in row["rounds"]]
     assert 'class="line bad"' in page[0] and 'class="line good"' in page[0]
+
+
+def test_transport_plans_are_drawn_over_the_image_and_escaped(runs: list[Path], page: tuple[str, Page], tmp_path: Path) -> None:
+    run = leave(tmp_path / "otcclip", "otcclip", (1, 12), 0.7, every=2)
+    plans(run / "plans.parquet")
+    text = report.write_report([run], tmp_path / "page.html").read_text()
+    parsed = Page(text)
+    assert "Where the words go" in parsed.text and "ε = 0.1" in parsed.text
+    assert "<script" not in text and "&lt;script&gt;alert(" in text
+    assert "planted caption · 0.750 a" in parsed.text and "own caption · 0.750 a" in parsed.text
+    assert "matched in epoch 8 · 0.650 a small ring on a beach ·end" in parsed.text
+    assert "nearest in the pool, epoch 8 (own stayed) · 0.650 a small ring" in parsed.text
+    assert all(link.startswith(("data:image/", "#")) for link in parsed.links)
+    assert {link for link in parsed.links if link.startswith("#plan")} == {"#plan-1-1", "#plan-1-2"}
+    assert all(text.count(f'<image id="plan-1-{k}"') == 1 for k in (1, 2))  # once a page, used twice
+    drawn = re.findall(r'<rect x="(\d)" y="(\d)" width="1" height="1" fill="(#\w+)" fill-opacity="([.\d]+)">', text)
+    assert drawn and all(int(x) < 4 and int(y) < 4 and 0 < float(opacity) < 1 for x, y, _, opacity in drawn)
+    assert {fill for *_, fill, _ in drawn} <= {"#d6455d", "#2aa876", "#1f8fd1", "#e09a2b", "#8a63d2"}
+    assert re.search(r"<title>\S+ · \d+\.\d × an even part</title>", text)
+    assert "Where the words go" not in page[1].text
+
+
+def test_matching_quality_of_the_first_and_last_round(page: tuple[str, Page], tmp_path: Path) -> None:
+    run = leave(tmp_path / "otcclip", "otcclip", (1, 12), 0.7)
+    shares = {"cosine": (0.5, 0.7), "transport": (0.6, 0.9)}
+    with (run / "metrics.jsonl").open("a") as file:
+        for epoch in (2, 4, 6):
+            quality = {f"quality/{name}/clean": clean + epoch / 100 for name, (clean, _) in shares.items()}
+            quality |= {f"quality/{name}/poisoned": freed for name, (_, freed) in shares.items()}
+            file.write(json.dumps({"kind": "match", "epoch": epoch, "pool": 440, **quality}) + "\n")
+    text = report.write_report([run], tmp_path / "page.html").read_text()
+    assert "2 440 cosine 52.0 % 70.0 % transport 62.0 % 90.0 % 6 440 cosine 56.0 % 70.0 % transport 66.0 % 90.0 %" in Page(text).text
+    assert "<b>62.0 %</b>" in text and "<b>90.0 %</b>" in text and "<b>52.0 %</b>" not in text
+    assert "Matching quality" not in page[1].text
 
 
 def test_doubts_are_raised(runs: list[Path], page: tuple[str, Page], tmp_path: Path) -> None:
