@@ -199,6 +199,9 @@ class Rounds:
             num_gpus=c.match_gpus or None,
             max_restarts=-1,
             max_task_retries=-1,
+            # True, Ray Data's default, lets an item of images run before its round's captions, on the one actor that should encode them:
+            # both wait, until cluster.timeout_s.
+            allow_out_of_order_execution=False,
         )
         for batch in found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
             for i in range(len(batch["epoch"])):

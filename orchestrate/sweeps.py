@@ -37,7 +37,7 @@ def pool(scale: str) -> Asked:
 
 def poison_rate(scale: str) -> Asked:
     """up to what poison rate does it hold: attack success against the poison count, a line a defence"""
-    methods = tuple(f"{method}-blended-{scale}" for method in ("clip", "augmented", "roclip"))
+    methods = tuple(f"{method}-blended-{scale}" for method in ("clip", "augmented", "roclip", "otcclip"))
     return Asked("poison-rate", methods, (*_counts(scale, 0.3, 1, 3, 10), SEEDS))
 
 
@@ -53,11 +53,14 @@ SWEEPS: Mapping[str, Callable[[str], Asked]] = {
     "poison-rate": poison_rate,
     "paper-grid": paper_grid,
 }
-COUNTS = {"smoke": 30, "small": 70, "paper": 500}  # poisoned pairs that are just enough for the undefended model
+COUNTS = {"smoke": 30, "small": 90, "paper": 500}  # poisoned pairs that are just enough for the undefended model
 
 
 def _counts(scale: str, *times: float) -> tuple[str, ...]:
-    return (f"attack.count={','.join(str(round(COUNTS[scale] * t)) for t in times)}",)
+    """Multiples of the scale's count, at the strength that recipes.POISON takes for the same attack there."""
+    strength = {key: value for key, value in recipes.POISON.get(("both", scale), {}).items() if key == "attack.blended.alpha"}
+    alpha = [f"attack.alpha={value}" for value in strength.values()]
+    return (f"attack.count={','.join(str(round(COUNTS[scale] * t)) for t in times)}", *alpha)
 
 
 def shows(name: str) -> str:
@@ -72,6 +75,8 @@ def ask(name: str, words: Sequence[str]) -> Asked:
         return Asked(name.replace(",", "+").removesuffix(".json").rpartition("/")[2], tuple(name.split(",")), tuple(words))
     base = tuple(given[axes.RECIPE].partition("=")[2].split(",")) if axes.RECIPE in given else ready.recipes
     kept = [word for word in ready.words if word.partition("=")[0] not in given]
+    if given.keys() & {axes.RECIPE, "attack"}:  # the strength is of the attack that the sweep itself names
+        kept = [word for word in kept if not word.startswith("attack.alpha=")]
     added = [word for word in words if word.partition("=")[0] != axes.RECIPE]
     return Asked(name, base, (*kept, *added), shows(ready.name))
 

@@ -213,6 +213,13 @@ def test_words_win_over_a_ready_sweeps_own():
     assert asked.words == ("attack.count=30,90", "seed=0..2", "defense.every=1,3", "train.epochs=2")
 
 
+@pytest.mark.parametrize("words", [["recipe=roclip-stripes"], ["attack=badnets"], ["recipe=otcclip-blended,roclip-blended"]])
+def test_a_ready_sweep_on_another_attack_or_recipe(words):
+    asked = sweeps.ask("frequency", words)
+    trials = axes.grid(space(" ".join(asked.words), *asked.recipes))
+    assert len(trials) == 24 * len(asked.recipes)
+
+
 def test_a_wrong_sweep_gets_a_suggestion():
     with pytest.raises(ValueError, match="Did you mean frequency"):
         sweeps.ask("frequncy", [])
