@@ -56,9 +56,10 @@ def words(text_cfg: Mapping[str, Any], caption: str) -> tuple[list[str], list[in
     rest = tokenizer.clean_fn(caption)
     spelled, owner = list[str](), list[int]()
     for piece, count in _pieces(tokenizer, ids[1 : ids.index(tokenizer.eot_token_id)]):
-        if not spelled or rest.startswith(" "):
+        before = max(rest.find(piece), 0)  # a space, or characters that the tokenizer leaves out (U+0345); 0: cut off by the context
+        if not spelled or rest.startswith(" ") or " " in rest[:before]:
             spelled.append("")
-        rest = rest.removeprefix(" ")[len(piece) :]
+        rest = rest[before:].removeprefix(" ")[len(piece) :]
         spelled[-1] += piece
         owner += [len(spelled) - 1] * count
     return [*spelled, END], [*owner, len(spelled)]

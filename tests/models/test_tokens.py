@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from models import clip, tokens
@@ -65,6 +65,8 @@ CLEAN = open_clip.SimpleTokenizer().clean_fn
 
 
 @settings(max_examples=150, deadline=None)
+@example("\u0345")
+@example("a \u0345 dog\u0345s, and\u0345")
 @given(st.one_of(st.text(max_size=40), st.from_regex(r"[a-z!'&;,.<>_ 0-9é🐶]{0,60}")))
 def test_words_join_back_to_the_caption_and_own_every_token(caption):
     text = CFG["text_cfg"] | {"context_length": 400}
@@ -74,7 +76,8 @@ def test_words_join_back_to_the_caption_and_own_every_token(caption):
     content = clip.tokenize({"text_cfg": text}, [caption])[0]
     assert len(owner) == int((content == 49407).int().argmax())  # all but the start token, up to the first end token
     cut = "<end_of_text>" in CLEAN(caption)
-    assert cut or " ".join(words[:-1]) == CLEAN(caption)
+    known = ["".join(tokens._simple("lower").pat.findall(word)) for word in CLEAN(caption).split(" ")]  # U+0345, for one, has no token
+    assert cut or " ".join(words[:-1]) == " ".join(word for word in known if word)
 
 
 @pytest.mark.parametrize(
