@@ -6,6 +6,8 @@ A kill may tear the last line: readers skip what is no whole JSON object, and th
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -13,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-NAME = "metrics.jsonl"
+NAME, LOCK = "metrics.jsonl", ".lock"
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
@@ -62,6 +64,18 @@ def without_later(path: Path, epoch: int, offset: int) -> tuple[bytes, int, int]
             kept.append(line)
             moved += len(line) if position <= offset else 0
     return b"".join(kept), moved, len(lines) - len(kept)
+
+
+@contextlib.contextmanager
+def held(folder: Path, what: str = "") -> Iterator[None]:
+    """A directory, made where there is none, held against a second process. ValueError where one has it; `what` it is goes into that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is running {what}{folder}. Wait for it, or stop it.") from None
+        yield
 
 
 def replace(path: Path, content: bytes) -> None:

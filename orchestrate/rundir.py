@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import platform
@@ -47,15 +46,10 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
 def claimed(recipe: Recipe, fresh: bool = False) -> Iterator[Path]:
     """The run's directory, with its recipe.json, held against a second process. `fresh` empties it first."""
     folder = absolute(recipe.cluster.runs) / recipe.directory
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is running {folder}. Wait for it, or stop it.") from None
+    with journal.held(folder):
         if fresh:
             for child in folder.iterdir():
-                if child.name != ".lock":
+                if child.name != journal.LOCK:
                     shutil.rmtree(child) if child.is_dir() else child.unlink()
         write_json(folder / "recipe.json", {**recipe.as_dict(), "identity": recipe.identity})
         yield folder

@@ -126,7 +126,8 @@ class Learner:
         pixels = pixels.float().div_(255)
         keys = [examples.keys, mix(examples.keys)][: self.defense.view_count]
         views = [self.defense.augment(Batch(pixels, examples.captions, k)) for k in keys]
-        images = torch.cat([resize(view.images, self.image_side) for view in views])
+        images = _join([resize(view.images, self.image_side) for view in views])
+        assert images is not None
         images = clip.normalise(images, self.mean, self.std)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)

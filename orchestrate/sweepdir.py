@@ -13,7 +13,6 @@ without losing a number.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,12 +86,7 @@ class Event:
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[Path]:
     """The directory, held against a second driver."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is running the sweep {folder}. Wait for it, or stop it.") from None
+    with journal.held(folder, "the sweep "):
         yield folder
 
 

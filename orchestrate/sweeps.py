@@ -53,14 +53,15 @@ SWEEPS: Mapping[str, Callable[[str], Asked]] = {
     "poison-rate": poison_rate,
     "paper-grid": paper_grid,
 }
-COUNTS = {"smoke": 30, "small": 90, "paper": 500}  # poisoned pairs that are just enough for the undefended model
+PAPER_COUNT = 500  # poisoned pairs at the scale for which recipes.POISON sets none
 
 
 def _counts(scale: str, *times: float) -> tuple[str, ...]:
-    """Multiples of the scale's count, at the strength that recipes.POISON takes for the same attack there."""
-    strength = {key: value for key, value in recipes.POISON.get(("both", scale), {}).items() if key == "attack.blended.alpha"}
-    alpha = [f"attack.alpha={value}" for value in strength.values()]
-    return (f"attack.count={','.join(str(round(COUNTS[scale] * t)) for t in times)}", *alpha)
+    """Multiples of the scale's count, and the strength, that recipes.POISON takes for the same attack there."""
+    poison = recipes.POISON.get(("both", scale), {})
+    count, alpha = poison.get("attack.blended.count", PAPER_COUNT), poison.get("attack.blended.alpha")
+    words = (f"attack.count={','.join(str(round(count * t)) for t in times)}",)
+    return words if alpha is None else (*words, f"attack.alpha={alpha}")
 
 
 def shows(name: str) -> str:
