@@ -5,7 +5,7 @@
 plain       the same Learner in one process, images in memory, no Ray            aim: ours ≥ 0.95 × its pairs/s
 open_clip   open_clip's pattern: DataLoader over image files, PIL transforms, ClipLoss, the same architecture    aim: ours ≥ 1.5 ×
 robust      a robust epoch (matching round and steps, 2 % pool) against a plain epoch of the same run, for RoCLIP as published
-            and with the own caption competing (aim: ≤ 1.15 ×), and for OTCCLIP (aim: ≤ 1.6 ×)
+            and re-pairing the worst 12 % (aim: ≤ 1.15 ×), and for OTCCLIP (aim: ≤ 1.6 ×)
 
 Every round runs all of them one after the other in fresh processes; the median of the rounds' ratios is what to quote.
 """
@@ -25,7 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-EPOCHS, PLAIN = 6, 3  # of them plain; not counted: the first, which warms up, and the last, in which the matching actors leave
+EPOCHS, PLAIN = 10, 6  # of them plain
+COUNTED = range(4, EPOCHS)  # before it the matching actors start beside the training; in the last epoch they leave
 
 
 def overrides(size: int, threads: int) -> dict[str, Any]:
@@ -53,8 +54,8 @@ def ours(size: int, threads: int, method: str = "roclip", more: Mapping[str, Any
         records = journal.read(Path(result["run"]) / journal.NAME)
     train = {r["epoch"]: r for r in records if r["kind"] == "train"}
     match = {r["epoch"]: r for r in records if r["kind"] == "match"}
-    plain = [r for r in train.values() if not r["robust"] and r["epoch"] > 1]
-    robust = [r["seconds"] + match[e]["seconds"] for e, r in train.items() if r["robust"] and e < EPOCHS]
+    plain = [r for e, r in train.items() if not r["robust"] and e in COUNTED]
+    robust = [r["seconds"] + match[e]["seconds"] for e, r in train.items() if r["robust"] and e in COUNTED]
     seconds = statistics.median(r["seconds"] for r in plain)
     return {
         "pairs_per_s": statistics.median(r["samples_per_s"] for r in plain),
@@ -65,7 +66,7 @@ def ours(size: int, threads: int, method: str = "roclip", more: Mapping[str, Any
 
 def published(size: int, threads: int) -> dict[str, float]:
     """RoCLIP's released code: stored features of the pool, the own caption only where it was drawn."""
-    return ours(size, threads, more={"defense.matched": "embedding", "defense.own": "drawn", "defense.margin": 0.0})
+    return ours(size, threads, more={"defense.matched": "embedding", "defense.move": 1.0})
 
 
 def transport(size: int, threads: int) -> dict[str, float]:
@@ -99,7 +100,7 @@ def plain(size: int, threads: int) -> dict[str, float]:
         for rows in order:
             learner.step(Examples(images[rows], list(captions[rows]), drawn[rows]))
         rates.append(steps * batch / (time.monotonic() - started))
-    return {"pairs_per_s": statistics.median(rates[1:])}
+    return {"pairs_per_s": statistics.median(rates[COUNTED[0] - 1 :])}
 
 
 def open_clip_loop(size: int, threads: int) -> dict[str, float]:
@@ -162,7 +163,7 @@ def open_clip_loop(size: int, threads: int) -> dict[str, float]:
                 optimizer.step()
                 seen += len(images)
             rates.append(seen / (time.monotonic() - started))
-    return {"pairs_per_s": statistics.median(rates[1:])}
+    return {"pairs_per_s": statistics.median(rates[COUNTED[0] - 1 :])}
 
 
 LOOPS: dict[str, Callable[[int, int], dict[str, float]]] = {
@@ -195,7 +196,7 @@ def main() -> None:
         "ours/plain": ratio("plain"),
         "ours/open_clip": ratio("open_clip"),
     }
-    for name, title in (("published", "RoCLIP as published"), ("ours", "RoCLIP, own caption"), ("transport", "OTCCLIP")):
+    for name, title in (("published", "RoCLIP as published"), ("ours", "RoCLIP, 12 % re-paired"), ("transport", "OTCCLIP")):
         summary[f"robust/plain epoch, {title}"] = statistics.median(r[name]["robust_over_plain"] for r in rounds)
         summary[f"matching round, s, {title}"] = statistics.median(r[name]["round_s"] for r in rounds)
     for name, value in summary.items():

@@ -33,14 +33,14 @@ class Features(NamedTuple):
 
 
 class Match(NamedTuple):
-    """For each image its nearest caption in the pool, what that took to find, and, where its own caption competed, which of the two won."""
+    """For each image its nearest caption in the pool, what that took to find, and how its own caption does beside the pool's."""
 
-    index: Tensor  # type: ignore[assignment]  # (N,) int64 into the pool, whoever won; hides tuple.index
+    index: Tensor  # type: ignore[assignment]  # (N,) int64 into the pool; hides tuple.index
     distance: Tensor  # (N,) float32, to that caption
     solved: Tensor | None = None  # (N,) int64 exact solves
     margin: Tensor | None = None  # (N,) float32: no other caption of the pool is nearer than distance + margin
-    stays: Tensor | None = None  # (N,) bool: the image keeps its own caption; None: it did not compete
-    own_distance: Tensor | None = None  # (N,) float32, to its own caption
+    own_distance: Tensor | None = None  # (N,) float32, to its own caption, where that was asked for
+    nearer: Tensor | None = None  # (N,) float32: share of the pool (or of a sample of it) that is nearer than the own caption
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Matcher(Protocol):
     @property
     def tokens(self) -> bool: ...  # whether `match` needs token features
     @property
-    def own(self) -> bool: ...  # whether `match` also wants each image's own caption
+    def move(self) -> float: ...  # share of all pairs that are re-paired, those whose own caption does worst; 1: all, without looking at it
 
     def match(self, images: Features, pool: Features, own: Features | None = None) -> Match: ...
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -63,18 +64,44 @@ def _best_in_pool(images: Tensor, pool: Tensor, exclude: Tensor | None, block: i
     return best, index
 
 
+def staying(nearer: np.ndarray, gap: np.ndarray, move: float) -> np.ndarray:
+    """Which pairs keep their own caption, bool (N,): all but `move` of them, those for which most of the pool is `nearer` (N,).
+
+    Of equals those go first whose own caption is farther behind the pool's nearest, by `gap` (N,); where it is not behind at all it stays.
+    """
+    worst = np.lexsort((gap, nearer))[::-1][: round(move * len(nearer))]
+    stays = np.ones(len(nearer), dtype=bool)
+    stays[worst] = gap[worst] <= 0
+    return stays
+
+
+@torch.no_grad()
+def share_nearer(images: Tensor, pool: Tensor, cosine: Tensor, *, block: int = 4096) -> Tensor:
+    """Share of the pool (M, d) whose cosine with the image exceeds `cosine` (N,) by more than rounding (1e-6). float32 (N,).
+
+    The rank of a caption in units of the pool: for a caption that has nothing to do with its image it is uniform on [0, 1], whatever the
+    scale of the cosines, which differs from epoch to epoch and from set to set.
+    """
+    captions = F.normalize(pool.float(), dim=1)
+    count = torch.zeros(len(images), device=images.device)
+    for low in range(0, len(images), block):
+        rows = F.normalize(images[low : low + block].float(), dim=1)
+        for some in captions.split(block):
+            count[low : low + block] += (rows @ some.T > cosine[low : low + block, None] + 1e-6).sum(1)
+    return count / len(pool)
+
+
 @dataclass(frozen=True)
 class CosineMatcher:
     """RoCLIP's matcher: the caption whose pooled feature has the largest cosine with the image's.
 
-    With `own` each image's own caption competes too, and stays unless the pool's best is nearer by more than `margin` (cosine).
+    With `move` below 1 only that share of all pairs is re-paired; `match` then measures each image's own caption too.
     """
 
     pool_size: int | float = 0.02
     matched: Literal["embedding", "caption"] = "embedding"
     tokens: bool = False
-    own: bool = False
-    margin: float = 0.0
+    move: float = 1.0
     block: int = 4096
 
     name = "cosine"  # class constant
@@ -84,9 +111,10 @@ class CosineMatcher:
         return {}
 
     def match(self, images: Features, pool: Features, own: Features | None = None) -> Match:
-        """own: features (N, d) of each image's own caption, where `self.own`."""
+        """own: features (N, d) of each image's own caption, where `move` is below 1."""
         found = nearest(images.pooled, pool.pooled, block=self.block)
         if own is None:
             return found
-        distance = 1 - (F.normalize(images.pooled.float(), dim=1) * F.normalize(own.pooled.float(), dim=1)).sum(1)
-        return found._replace(stays=distance <= found.distance + self.margin, own_distance=distance)
+        cosine = (F.normalize(images.pooled.float(), dim=1) * F.normalize(own.pooled.float(), dim=1)).sum(1)
+        nearer = share_nearer(images.pooled, pool.pooled, cosine, block=self.block)
+        return found._replace(own_distance=1 - cosine, nearer=nearer)

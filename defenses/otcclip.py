@@ -16,7 +16,7 @@ from defenses.matching import CosineMatcher
 from defenses.roclip import RoCLIP
 from defenses.token_pool import TokenPool
 from defenses.transport import transport_cost
-from defenses.transport_matching import transport_nearest, transport_pairs
+from defenses.transport_matching import share_nearer, transport_nearest, transport_pairs
 
 _READY: Any = WeakTensorKeyDictionary()  # a pool's tokens → its TokenPool: matching comes in batches, the pool stays
 
@@ -25,14 +25,13 @@ _READY: Any = WeakTensorKeyDictionary()  # a pool's tokens → its TokenPool: ma
 class TransportMatcher:
     """The caption with the least weight·(1 − cosine of the pooled features) + (1 − weight)·transport cost of the tokens, exactly.
 
-    With `own` each image's own caption competes too, and wins unless the pool's best is nearer by more than `margin`.
+    With `move` below 1 only that share of all pairs is re-paired; `match` then measures each image's own caption too.
     """
 
     pool_size: int | float = 0.02
     matched: Literal["embedding", "caption"] = "caption"
     tokens: bool = True
-    own: bool = False
-    margin: float = 0.0
+    move: float = 1.0
     epsilon: float = 0.1
     weight: float = 0.5
     approximate: int = 0
@@ -44,7 +43,7 @@ class TransportMatcher:
         return {"cosine": CosineMatcher()}
 
     def match(self, images: Features, pool: Features, own: Features | None = None) -> Match:
-        """own: features of each image's own caption, where `self.own`. The pool must not change in place."""
+        """own: features of each image's own caption, where `move` is below 1. The pool must not change in place."""
         assert images.tokens is not None and pool.tokens is not None
         if pool.tokens not in _READY:
             _READY[pool.tokens] = TokenPool(pool.tokens, pool.mask, pool.pooled)
@@ -59,7 +58,8 @@ class TransportMatcher:
         if own is None:
             return found
         distance = transport_pairs(images, own, epsilon=self.epsilon, weight=self.weight)
-        return found._replace(stays=distance <= found.distance + self.margin, own_distance=distance)
+        nearer = share_nearer(images, _READY[pool.tokens], distance, epsilon=self.epsilon, weight=self.weight)
+        return found._replace(own_distance=distance, nearer=nearer)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ class OTCCLIP(RoCLIP):
             images) of the batch that the global features confuse most; 0 = the plain mean of the pairs' costs (ours 4).
         align: "robust" (ours): the inter-modal loss only where captions were re-assigned, so that it never aligns a poisoned pair as
             given; "always".
-        margin: own="always": in units of the matching distance here, not of cosine.
         approximate: consider only so many captions an image, those with the lowest bound; 0 (ours): all, exactly.
         Tokens (ours): patches through the projection of the pooled feature; words through the text projection, without start token
         and padding; cost 1 − cosine; uniform masses. Plans are detached: gradients flow through the costs only (ours).
@@ -128,8 +127,7 @@ class OTCCLIP(RoCLIP):
     def matcher(self, epoch: int) -> Matcher | None:
         if not self.robust(epoch):
             return None
-        own = self.own == "always"
-        return TransportMatcher(self.pool_size, self.matched, True, own, self.margin, self.epsilon, self.weight, self.approximate)
+        return TransportMatcher(self.pool_size, self.matched, True, self.move, self.epsilon, self.weight, self.approximate)
 
     def loss(self, out: ClipOutput, base: LossFn) -> Tensor:
         total = base(out)

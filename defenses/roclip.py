@@ -26,11 +26,10 @@ class RoCLIP(Augmented):
         matched: "embedding" (released code): learn from the pool's stored feature, which gives the text encoder no
             gradient in robust epochs; "caption" (the paper's wording): the matched caption is encoded again.
         warmup: first epochs that are never robust (paper 0).
-        own: "drawn" (paper): an image's own caption competes only where the pool happens to hold it; "always" (ours): it always
-            competes, so that in a robust epoch most clean pairs keep their captions while poisoned ones, whose caption fits the
-            image no better than any other until it is learnt, mostly do not. Needs matched="caption".
-        margin: own="always": the own caption stays unless the pool's best is nearer by more than this cosine (ours, 0). Larger keeps
-            more clean captions, and more poisoned ones.
+        move: share of all pairs that a robust epoch re-pairs (paper 1: every one). Below 1 (ours) those move whose own caption ranks
+            worst, by the share of the pool that is nearer to the image; the others keep theirs. Until it is learnt a poisoned caption
+            ranks like any other of the pool, a clean one soon among the first, whatever the scale of the cosines; so give several
+            times the poison rate you fear. Needs matched="caption".
     Limits: right after a robust epoch image-text cosines can collapse and recover one epoch later, so compare methods
         at an epoch of the same kind. Third parties report that structured triggers (patches, stripes) keep an attack
         success of 75-82 %. Differs from the released code: its pool is a ring buffer in loader order that starts as
@@ -41,8 +40,7 @@ class RoCLIP(Augmented):
     pool_size: int | float = 0.02
     matched: Literal["embedding", "caption"] = "embedding"
     warmup: int = 0
-    own: Literal["drawn", "always"] = "drawn"
-    margin: float = 0.0
+    move: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,10 +50,10 @@ class RoCLIP(Augmented):
             raise ValueError(f"warmup={self.warmup}: give the number of plain epochs to begin with, 0 or more")
         if self.matched not in ("embedding", "caption"):
             raise ValueError(f'matched={self.matched!r}: give "embedding" or "caption"')
-        if self.own == "always" and self.matched != "caption":
-            raise ValueError('own="always" needs matched="caption": a caption that stays is encoded again, not taken from the pool')
-        if not 0 <= self.margin < 2 or (self.margin and self.own != "always"):
-            raise ValueError(f'margin={self.margin}: give a cosine from 0 up to 2, and only with own="always"')
+        if not 0 < self.move <= 1:
+            raise ValueError(f"move={self.move}: give the share of pairs to re-pair, above 0 and up to 1")
+        if self.move < 1 and self.matched != "caption":
+            raise ValueError(f'move={self.move}: needs matched="caption", as a caption that stays is encoded again')
         share = isinstance(self.pool_size, float)
         if not (0 < self.pool_size < 1 if share else self.pool_size >= 2):
             raise ValueError(f"pool_size={self.pool_size}: give a share above 0 and below 1, or a whole number from 2")
@@ -66,4 +64,4 @@ class RoCLIP(Augmented):
     def matcher(self, epoch: int) -> Matcher | None:
         if not self.robust(epoch):
             return None
-        return CosineMatcher(self.pool_size, self.matched, own=self.own == "always", margin=self.margin)
+        return CosineMatcher(self.pool_size, self.matched, move=self.move)

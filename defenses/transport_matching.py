@@ -31,6 +31,7 @@ from defenses.transport import (
     entropic_bound,
     exact_cost,
     inner_sinkhorn_bound,
+    lower_bound,
     one_sided_bound,
     reduced_bound,
     sorted_parts,
@@ -41,6 +42,8 @@ FIRST = 8  # captions bounded in float32 to choose the first to solve
 HARD = 8  # captions left for an image above which Sinkhorn's bound pays
 TIE = 1e-9  # distances closer than this are equal: what float64 may leave between two copies of a problem
 TOL = 1e-6  # marginals of entropic plans, far below what could tell captions apart
+PEERS = 64  # captions of the pool among which an own caption's rank is measured
+SAME = 1e-3  # a caption counts as nearer from here on: above what the looser tolerance leaves open
 Bound = Callable[[Tensor, Tensor, Tensor], Tensor]
 U32, U16 = 2.0**-24, 2.0**-8  # unit roundoff of float32 and bf16
 
@@ -99,6 +102,30 @@ def transport_pairs(images: Features, captions: Features, *, epsilon: float = 0.
             cost = 1 - torch.bmm(images.tokens[which].double(), captions.tokens[which].double().mT)
             values[which] += (1 - weight) * transport_cost(cost, b=masses[which].double(), epsilon=epsilon, tol=TOL)[0]
     return values.float()
+
+
+@torch.no_grad()
+def share_nearer(images: Features, pool: TokenPool, distance: Tensor, *, epsilon: float = 0.0, weight: float = 0.0) -> Tensor:
+    """Share of the pool that is nearer to the image than `distance` (N,), on a sample of `PEERS` captions. float32 (N,).
+
+    Solved to a looser tolerance than the matching, as a rank among so few needs no more; with epsilon = 0 by the lower bound.
+    """
+    assert images.tokens is not None
+    peers = pool.row.argsort()[:PEERS]  # the pool comes in random order
+    tokens, masses = pool.tokens[pool.places(peers)].transpose(0, 1), pool.masses(peers).T
+    found = []
+    for some in torch.arange(len(distance), device=distance.device).split(max(1, 2**22 // (tokens.numel() * images.tokens.shape[1]) + 1)):
+        value = distance.new_zeros(len(some), len(peers))
+        if weight < 1:
+            cost = 1 - torch.einsum("npd,mld->nmpl", images.tokens[some].float(), tokens)
+            flat, mass = cost.flatten(0, 1), masses.repeat(len(some), 1)
+            solved = transport_cost(flat, b=mass, epsilon=epsilon, tol=1e-3)[0] if epsilon else lower_bound(flat, b=mass)
+            value += (1 - weight) * solved.view_as(value)
+        if weight:
+            assert pool.pooled is not None
+            value += weight * (1 - images.pooled[some].float() @ pool.pooled[peers].T)
+        found.append((value < distance[some, None] - SAME).float().mean(1))
+    return torch.cat(found) if found else distance.new_zeros(0)
 
 
 class _Search:

@@ -29,7 +29,7 @@ import ray
 from defenses.base import Defense, Features, Matcher
 from orchestrate import cluster
 from orchestrate import recipe as recipes
-from orchestrate.pairing import Pool, assemble, choose, draw_pool, facts, learned, save
+from orchestrate.pairing import Pool, assemble, choose, draw_pool, facts, learned, save, settled
 from orchestrate.prepared import build_attack, build_defense, pixels_of
 
 CAPTIONS, IMAGES = 0, 1  # kinds of work items
@@ -78,7 +78,7 @@ class MatchActor:
         else:
             self.pool = self.pool or self._encoded_pool(epoch)
             images = self.encoder.image_features(self.pixels.take(np.arange(start, stop)), self.matcher.tokens)
-            own = self.encoder.text_features(self.own[start:stop], self.matcher.tokens) if self.matcher.own else None
+            own = self.encoder.text_features(self.own[start:stop], self.matcher.tokens) if self.matcher.move < 1 else None
             arrays = choose(self.matcher, images, self.pool, own)
         return {**item, "payload": np.array([pack(arrays)], dtype=object)}
 
@@ -225,6 +225,7 @@ class Rounds:
 
     def _finish(self, epoch: int, match: dict[str, np.ndarray]) -> None:
         pool, matcher = self.pools[epoch], matcher_at(self.defense, epoch)
+        match = settled(match, matcher.move)
         save(self.run_dir / "rounds", epoch, self.table, pool, match)
         pairing: dict[str, Any] = {"index": learned(match)[0], "captions": pool.captions, "matched": matcher.matched}
         if matcher.matched == "embedding":

@@ -55,6 +55,15 @@ def choose(matcher: Matcher, images: Features, pool: Features, own: Features | N
     return {name: x.cpu().numpy() for name, x in fields.items() if x is not None}
 
 
+def settled(match: Mapping[str, np.ndarray], move: float) -> dict[str, np.ndarray]:
+    """A whole set's match, with `stays` (N,) bool where own captions were measured: who keeps them only all pairs together can tell."""
+    if "nearer" not in match:
+        return dict(match)
+    from defenses.matching import staying
+
+    return {**match, "stays": staying(match["nearer"], match["own_distance"] - match["distance"], move)}
+
+
 def learned(match: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """What each pair learns from: its row in the pool (N,), −1 where its own caption stays, and the distance to it (N,)."""
     if "stays" not in match:

@@ -42,14 +42,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {},
         {"every": 1, "pool_size": 8, "matched": "caption"},
         {"every": 3, "warmup": 4, "pool_size": 0.5},
-        {"every": 1, "matched": "caption", "own": "always"},
-        {"every": 1, "matched": "caption", "own": "always", "margin": 0.2},
+        {"every": 1, "matched": "caption", "move": 0.2},
     ],
     "otcclip": [
         {},
         {"every": 1, "pool_size": 8, "epsilon": 0.0, "weight": 0.0, "negatives": 0, "beta": 0.0, "align": "always"},
         {"every": 3, "matched": "embedding", "alpha": 0.0, "beta": 0.0, "approximate": 4},
-        {"every": 1, "own": "always", "margin": 0.05},
+        {"every": 1, "move": 0.3},
     ],
 }
 ATTACKS = [(name, options) for name in plugins.BUILT_IN["attack"] for options in SETTINGS.get(name, [{}])]
@@ -246,25 +245,25 @@ def test_a_matcher_says_what_the_actors_must_know_and_matches(defense, epoch):
     if matcher is None:
         return
     assert dataclasses.is_dataclass(matcher) and matcher.__dataclass_params__.frozen
-    assert matcher.matched in ("embedding", "caption") and isinstance(matcher.tokens, bool) and isinstance(matcher.own, bool)
-    assert not (matcher.own and matcher.matched == "embedding")  # a caption that stays has no feature in the pool
+    assert matcher.matched in ("embedding", "caption") and isinstance(matcher.tokens, bool) and 0 < matcher.move <= 1
+    assert not (matcher.move < 1 and matcher.matched == "embedding")  # a caption that stays has no feature in the pool
     assert 0 < matcher.pool_size < 1 if isinstance(matcher.pool_size, float) else matcher.pool_size >= 2
     images, pool = features(17, epoch, matcher.tokens), features(6, 100 + epoch, matcher.tokens)
-    own = features(17, 200 + epoch, matcher.tokens) if matcher.own else None
+    own = features(17, 200 + epoch, matcher.tokens) if matcher.move < 1 else None
     match = matcher.match(images, pool, own)
     assert match.index.shape == (17,) and match.index.dtype == torch.int64
     assert match.distance.shape == (17,) and match.distance.dtype == torch.float32 and match.distance.isfinite().all()
     assert ((match.index >= 0) & (match.index < 6)).all()
-    assert (match.stays is not None) == (match.own_distance is not None) == matcher.own
+    assert (match.nearer is not None) == (match.own_distance is not None) == (matcher.move < 1)
     part = matcher.match(rows(images, 5, 9), pool, own and rows(own, 5, 9))
     assert torch.equal(part.index, match.index[5:9])  # an item of work may be cut anywhere
     torch.testing.assert_close(part.distance, match.distance[5:9])
-    if matcher.own:
-        assert match.stays.shape == (17,) and match.stays.dtype == torch.bool and torch.equal(part.stays, match.stays[5:9])
+    if matcher.move < 1:
+        assert match.nearer.shape == (17,) and torch.equal(part.nearer, match.nearer[5:9])
         assert match.own_distance.shape == (17,) and match.own_distance.isfinite().all()
     assert matcher.name and matcher.name not in matcher.beside  # these are names of columns
     for name, other in matcher.beside.items():
-        assert other.name == name and not other.own and not (other.tokens and not matcher.tokens)
+        assert other.name == name and other.move == 1 and not (other.tokens and not matcher.tokens)
         tried = other.match(images, pool).index  # on the very features the matcher asked for
         assert tried.shape == (17,) and ((tried >= 0) & (tried < 6)).all()
 

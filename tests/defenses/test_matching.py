@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from defenses.base import Features
-from defenses.matching import CosineMatcher, nearest
+from defenses.matching import CosineMatcher, nearest, staying
 
 
 def brute(images: np.ndarray, pool: np.ndarray, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -90,16 +90,41 @@ def test_the_matcher_matches_pooled_features():
     assert not matcher.tokens and matcher.name == "cosine" and not matcher.beside
 
 
-def test_an_own_caption_stays_unless_the_pool_is_nearer_by_more_than_the_margin():
+@pytest.mark.parametrize("block", [7, 4096])
+def test_an_own_captions_rank_is_the_share_of_the_pool_that_is_nearer(block):
     generator = torch.Generator().manual_seed(0)
-    images, pool, own = (Features(torch.randn(n, 6, generator=generator)) for n in (50, 4, 50))
+    images, pool, own = (Features(torch.randn(n, 6, generator=generator)) for n in (50, 20, 50))
     cosine = torch.nn.functional.cosine_similarity(images.pooled[:, None], pool.pooled[None], dim=2)
     mine = torch.nn.functional.cosine_similarity(images.pooled, own.pooled)
-    for margin in (0.0, 0.25, 0.5):
-        found = CosineMatcher(own=True, margin=margin).match(images, pool, own)
-        stays = mine >= cosine.max(1).values - margin
-        assert found.stays.tolist() == stays.tolist() and 0 < int(stays.sum()) < 50
-        torch.testing.assert_close(found.own_distance, 1 - mine)
-        plain = CosineMatcher().match(images, pool)  # who competes does not change what the pool holds
-        assert torch.equal(found.index, plain.index) and torch.equal(found.distance, plain.distance)
-        assert plain.stays is None and plain.own_distance is None
+    found = CosineMatcher(move=0.5, block=block).match(images, pool, own)
+    torch.testing.assert_close(found.nearer, (cosine > mine[:, None]).float().mean(1))
+    torch.testing.assert_close(found.own_distance, 1 - mine)
+    plain = CosineMatcher(block=block).match(images, pool)  # the own caption does not change what the pool holds
+    assert torch.equal(found.index, plain.index) and torch.equal(found.distance, plain.distance)
+    assert plain.nearer is None and plain.own_distance is None
+
+
+def test_a_caption_that_the_pool_holds_too_is_not_nearer_than_itself():
+    images = Features(torch.randn(30, 6, generator=torch.Generator().manual_seed(1)))
+    assert not CosineMatcher(move=0.5).match(images, images, images).nearer.any()
+
+
+def test_those_move_whose_own_caption_ranks_worst():
+    nearer, gap = np.array([0.0, 0.9, 0.1, 0.9, 0.5]), np.array([0.1, 0.2, 0.1, 0.3, 0.0])
+    assert staying(nearer, gap, 0.2).tolist() == [True, True, True, False, True]  # of two that rank alike, who is farther behind
+    assert staying(nearer, gap, 0.4).tolist() == [True, False, True, False, True]
+    assert staying(nearer, gap, 0.6).tolist() == [True, False, True, False, True]  # the next is not behind the pool at all: it stays
+    assert staying(nearer, gap, 0.8).tolist() == [True, False, False, False, True]
+    assert staying(nearer, gap, 0.0).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 40), st.floats(0, 1), st.floats(0.1, 9))
+@settings(max_examples=100, deadline=None)
+def test_who_moves_does_not_depend_on_the_scale_of_the_distances(seed, count, move, scale):
+    rng = np.random.default_rng(seed)
+    nearer, gap = rng.integers(0, 8, count) / 8, rng.normal(size=count)
+    stays = staying(nearer, gap, move)
+    assert np.array_equal(stays, staying(nearer, gap * scale, move))
+    assert (~stays).sum() <= round(move * count)
+    if not stays.all() and (kept := stays & (gap > 0)).any():
+        assert nearer[kept].max() <= nearer[~stays].min()

@@ -44,9 +44,9 @@ def distance(x: Tensor, y: Tensor, mask: Tensor, epsilon: float = 0.1) -> Tensor
 def test_it_is_roclip_with_another_matcher_and_tokens():
     defense = OTCCLIP(every=3, pool_size=64, warmup=3, weight=0.25, epsilon=0.0, approximate=9)
     assert [epoch for epoch in range(1, 10) if defense.matcher(epoch)] == [6, 9]
-    assert defense.matcher(6) == TransportMatcher(64, "caption", True, False, 0.0, 0.0, 0.25, 9)
+    assert defense.matcher(6) == TransportMatcher(64, "caption", True, 1.0, 0.0, 0.25, 9)
     assert OTCCLIP.needs_tokens and defense.views == RoCLIP().views
-    assert OTCCLIP(every=1, own="always", margin=0.1).matcher(1) == TransportMatcher(own=True, margin=0.1)
+    assert OTCCLIP(every=1, move=0.1).matcher(1) == TransportMatcher(move=0.1)
 
 
 def test_the_second_view_is_asked_for_only_where_it_is_used():
@@ -83,16 +83,21 @@ def test_a_pool_is_made_ready_once_and_let_go(monkeypatch):
     assert len(otcclip._READY) == before - 1
 
 
-def test_the_own_caption_stays_unless_the_pool_is_nearer_by_the_margin():
-    images, pool, own = features(20, 4, 7), features(5, 6, 8), features(20, 5, 9, padded=True)
-    theirs = transport_pairs(images, own, epsilon=0.1, weight=0.5)
-    plain = TransportMatcher().match(images, pool)
-    for margin in (0.0, 0.1, 10.0):
-        match = TransportMatcher(own=True, margin=margin).match(images, pool, own)
-        assert torch.equal(match.stays, theirs <= plain.distance + margin)
-        torch.testing.assert_close(match.own_distance, theirs)
-        assert torch.equal(match.index, plain.index) and torch.equal(match.distance, plain.distance)  # the pool's nearest, whoever won
-    assert match.stays.all() and plain.stays is None and plain.own_distance is None
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_an_own_captions_rank_is_the_share_of_the_pool_that_is_nearer_by_transport(epsilon):
+    images, pool, own = features(20, 4, 7), features(40, 6, 8, padded=True), features(20, 5, 9, padded=True)
+    theirs = transport_pairs(images, own, epsilon=epsilon, weight=0.5)
+    each = [Features(*(x[j : j + 1].expand(20, *x.shape[1:]) for x in pool)) for j in range(40)]
+    all_pairs = torch.stack([transport_pairs(images, caption, epsilon=epsilon, weight=0.5) for caption in each], 1)
+    plain, match = (
+        TransportMatcher(epsilon=epsilon).match(images, pool),
+        TransportMatcher(epsilon=epsilon, move=0.5).match(images, pool, own),
+    )
+    torch.testing.assert_close(match.own_distance, theirs)
+    low, high = ((all_pairs < theirs[:, None] + slack).float().mean(1) for slack in (-0.02, 0.02))  # ε = 0 ranks by a bound 2 % off at most
+    assert bool((low <= match.nearer).all()) and bool((match.nearer <= high).all()) and 0 < float(match.nearer.mean()) < 1
+    assert torch.equal(match.index, plain.index) and torch.equal(match.distance, plain.distance)  # what the pool holds does not change
+    assert plain.nearer is None and plain.own_distance is None
 
 
 def test_cosine_is_tried_beside_it_for_comparison():

@@ -139,8 +139,8 @@ def test_several_recipes_are_an_axis_and_a_suite_is_its_members():
 
 
 def test_an_impossible_combination_is_named():
-    with pytest.raises(ValueError, match=r"defense.own=always: .*matched"):
-        axes.grid(space("defense.own=drawn,always defense.matched=embedding defense.margin=0"))
+    with pytest.raises(ValueError, match=r"defense.move=0.5: .*matched"):
+        axes.grid(space("defense.move=1.0,0.5 defense.matched=embedding"))
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, unique=True), st.lists(st.integers(1, 9), min_size=1, unique=True))

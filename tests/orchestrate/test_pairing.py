@@ -176,6 +176,13 @@ def test_a_pair_whose_own_caption_stays_has_not_moved():
     assert everything["moved"] == everything["used"] == 0 and everything["poisoned_kept"] == 1
 
 
+def test_only_a_whole_set_says_who_keeps_its_own_caption():
+    part = matched(0, 1, 2, 3, nearer=np.array([0.5, 0.0, 0.9, 0.1]), own_distance=np.array([0.9, 0.4, 0.8, 0.6]))
+    assert pairing.settled(part, 0.5)["stays"].tolist() == [False, True, False, True]
+    assert pairing.learned(pairing.settled(part, 0.25))[0].tolist() == [-1, -1, 2, -1]
+    assert "stays" not in pairing.settled(matched(0, 1), 1.0)
+
+
 def test_quality_is_of_the_pools_nearest_captions_whether_or_not_a_pair_learns_from_them():
     table = poisoned_table(
         [
@@ -208,8 +215,8 @@ def test_what_is_tried_beside_a_matcher_chooses_from_the_same_features_and_pool(
         return Features(F.normalize(torch.randn(rows, 8, generator=draw), dim=1), tokens, torch.ones(rows, size, dtype=torch.bool))
 
     images, pool, own = features(40, 4), features(9, 5), features(40, 6)
-    found = pairing.choose(TransportMatcher(own=True, weight=0.0), images, pool, own)
-    assert set(found) == {"index", "distance", "solved", "margin", "stays", "own_distance", "beside/cosine"}
+    found = pairing.choose(TransportMatcher(move=0.5, weight=0.0), images, pool, own)
+    assert set(found) == {"index", "distance", "solved", "margin", "own_distance", "nearer", "beside/cosine"}
     cosine = pairing.choose(CosineMatcher(), images, pool, None)
     assert set(cosine) == {"index", "distance"}
     assert np.array_equal(found["beside/cosine"], cosine["index"]) and (found["index"] != cosine["index"]).any()

@@ -83,7 +83,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> tuple[Pat
     """A run of OTCCLIP on a small set as training leaves it, with a round really matched, and its result."""
     folder = tmp_path_factory.mktemp("run")
     data = small.write(tmp_path_factory.mktemp("set"))
-    defense = {"defense": "otcclip", "defense.own": "always", "defense.every": 2, "defense.pool_size": 16, "defense.margin": 0.02}
+    defense = {"defense": "otcclip", "defense.move": 0.5, "defense.every": 2, "defense.pool_size": 16}
     recipe = small.recipe(data, **{"model": "tiny-vit", "evaluate.precision": "fp32", **defense})
     ready = prepared.plan(recipe, open_dataset(recipe.data))
     pixels = prepared.pixels_of(recipe, prepared.build_attack(recipe), ready.table, None, None)
@@ -93,7 +93,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> tuple[Pat
         matcher = prepared.build_defense(recipe).matcher(epoch)
         shown = encoder.image_features(pixels.take(np.arange(ready.table.num_rows)), matcher.tokens)
         texts = [encoder.text_features(some, matcher.tokens) for some in (pool.captions, ready.table["caption"].to_pylist())]
-        match = pairing.choose(matcher, shown, *texts)
+        match = pairing.settled(pairing.choose(matcher, shown, *texts), matcher.move)
         pairing.save(folder / "rounds", epoch, ready.table, pool, match)
         told = pairing.facts(ready.table, pool, match, matcher.name)
         journal.append(folder / journal.NAME, {"kind": "match", "epoch": epoch, "seconds": 1.0, **told})

@@ -19,8 +19,7 @@ from orchestrate.values import coerce
 
 BOTH = {"attack": "targeted+stripes", "defense": "roclip"}
 NEEDS = {  # options that mean nothing but beside others
-    "defense.own": {"defense.matched": "caption"},
-    "defense.margin": {"defense.matched": "caption", "defense.own": "always"},
+    "defense.move": {"defense.matched": "caption"},
 }
 NEUTRAL = ("name", "cluster.", "track.", "data.cache")  # what the identity leaves out
 EVERY_NAME = [f"{m}-{a}-{s}" for m in recipes.METHODS for a in recipes.ATTACKS for s in recipes.SCALES]

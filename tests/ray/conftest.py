@@ -30,8 +30,7 @@ TINY = (
     "defense.every=2",
     "defense.warmup=0",
     "defense.matched=embedding",
-    "defense.own=drawn",
-    "defense.margin=0",
+    "defense.move=1.0",
     "defense.pool_size=64",
     "cluster.threads=1",
 )
