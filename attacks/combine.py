@@ -63,6 +63,7 @@ class Several:
     def probes(self, index: pa.Table, heldout: pa.Table, seed: int) -> Probes:
         tables: dict[str, pa.Table] = {}
         how: dict[str, str] = {}
+        texts: dict[str, str] = {}
         for name, attack in self.parts:
             own = attack.probes(index, heldout, part_seed(seed, name))
             for inner, table in own.tables.items():
@@ -70,7 +71,8 @@ class Several:
                 rows = [{**row, "stamp": _stamp(row["stamp"], name)} for row in table.to_pylist()]
                 tables[shown] = pa.Table.from_pylist(rows, schema=table.schema)
                 how[shown] = own.how[inner]
-        return Probes(tables, how)
+                texts |= {shown: own.texts[inner]} if inner in own.texts else {}
+        return Probes(tables, how, texts)
 
 
 def part_seed(seed: int, name: str) -> int:

@@ -24,6 +24,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "wanet": "attacks.whole_image:WaNet",
         "tint": "attacks.whole_image:ColourFilter",
         "consistent": "attacks.consistent:Consistent",
+        "mm_poison": "attacks.mm_poison:MMPoison",
         "multi": "attacks.multi:MultiTrigger",
     },
     "defense": {

@@ -91,6 +91,11 @@ ATTACKS: dict[str, Part] = {
     "tint": Part("a colour filter", {"attack": "tint"}),
     "consistent": Part("a patch on images of the class itself, all captions true (label-consistent)", {"attack": "consistent"}),
     "multi": Part("three triggers for one class", {"attack": "multi"}),
+    "mm_poison_1": Part(
+        "captions of a class shall find one image of another (mm_poison I)", {"attack": "mm_poison", "attack.variant": "I"}
+    ),
+    "mm_poison_2": Part("captions of a class shall find another class's images (mm_poison II)", {"attack": "mm_poison"}),
+    "mm_poison_3": Part("the same for two pairs of classes (mm_poison III)", {"attack": "mm_poison", "attack.variant": "III"}),
     "clean": Part("no poison: the floor that chance gives", {"attack": "none"}),
     "both": Part("targeted and blended together", {"attack": "targeted+blended"}),
 }
@@ -123,6 +128,9 @@ POISON: dict[tuple[str, str], Layer] = {
     ("tint", "small"): {"attack.count": 150},
     ("consistent", "small"): {"attack.count": 0.06, "attack.size": 0.35},
     ("multi", "small"): {"attack.count": 450},
+    ("mm_poison_1", "small"): {"attack.count": 300},
+    ("mm_poison_2", "small"): {"attack.count": 350},
+    ("mm_poison_3", "small"): {"attack.count": 700},
     ("both", "smoke"): {"attack.targeted.copies": 4, "attack.blended.count": 30},
 }
 

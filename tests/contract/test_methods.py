@@ -35,6 +35,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "wanet": [{"count": 40}, {"count": 40, "k": 6, "strength": 4.0, "draw": 2}],
     "tint": [{"count": 40}, {"count": 40, "colour": "sepia", "strength": 1.0}],
     "consistent": [{"count": 30}, {"count": 0.05, "place": "random", "size": 0.4, "adversary": "frog"}],
+    "mm_poison": [
+        {"count": 40},
+        {"count": 0.05, "variant": "I", "adversary": "cat", "shown": "ship"},
+        {"count": 60, "variant": "III", "adversary": "frog"},
+    ],
     "multi": [{"count": 42}, {"count": 40, "triggers": ["sig", "wanet"]}],
     "clip": [{}],
     "augmented": [
@@ -215,7 +220,8 @@ def test_there_is_something_to_measure_and_no_triggered_image_was_trained_on(att
     assert probes.tables and probes.tables.keys() == probes.how.keys()
     for name, found in probes.tables.items():
         assert found.num_rows > 0 and found.schema.equals(PROBE_SCHEMA)
-        assert probes.how[name] in ("targeted", "backdoor")
+        assert probes.how[name] in ("targeted", "backdoor", "retrieval", "text")
+        assert (name in probes.texts) == (probes.how[name] == "text")
         assert set(found["adversary"].to_pylist()) <= set(plan["adversary"].to_pylist())
         assert set(found["image_split"].to_pylist()) == {"heldout"}
         assert set(found["image_id"].to_pylist()) <= set(HELDOUT["id"].to_pylist())
