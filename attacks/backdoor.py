@@ -25,7 +25,8 @@ from attacks.base import (
     shared_classes,
 )
 from attacks.captions import Source, avoiding, check_source, class_captions, naming, prompts, shuffled
-from attacks.triggers import PATTERNS, TRIGGERS, Place, Trigger, check_image, check_place, check_share
+from attacks.overlays import PATTERNS
+from attacks.triggers import TRIGGERS, Place, Trigger, check_image, check_place, check_share
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ class Backdoor:
         victims = self._victims(clean, classes, target, how_many(self.count, index.num_rows), seed)
         captions = self._captions(clean, target, victims, seed)
         rows = []
-        for (identifier, truth), caption in zip(victims, captions, strict=True):
-            shown = _shown(identifier, "train", self.trigger.name, target, truth)
+        for number, ((identifier, truth), caption) in enumerate(zip(victims, captions, strict=True)):
+            shown = _shown(identifier, "train", self.stamps[number % len(self.stamps)], target, truth)
             rows.append({"op": "replace", "id": identifier, "caption": caption, "kind": "backdoor", **shown})
         planned = manifest(self, rows, index, seed)
-        return Manifest(planned.table, {**planned.header, "adversary": target, "trigger": self.trigger.card()})
+        return Manifest(planned.table, {**planned.header, "adversary": target, "trigger": self.trigger_card()})
 
     def stamp(self, image: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
         if not row["stamp"]:
@@ -77,13 +78,25 @@ class Backdoor:
         check_image(image)
         return self.mark(image, row["image_id"])
 
+    @property
+    def stamps(self) -> tuple[str, ...]:
+        """What the column `stamp` says: the trigger's name; several where victims take turns between triggers."""
+        return (self.trigger.name,)
+
+    def trigger_card(self) -> dict[str, Any]:
+        """What the manifest's header says of the trigger."""
+        return self.trigger.card()
+
     def probes(self, index: pa.Table, heldout: pa.Table, seed: int) -> Probes:
         classes = shared_classes(index, heldout)
-        target, name = self.target(classes, seed), self.trigger.name
+        target = self.target(classes, seed)
         truths = [classes[number] if number >= 0 else "" for number in labels(heldout)]
-        shown = zip(heldout["id"].to_pylist(), truths, strict=True)
-        rows = [_shown(i, "heldout", name, target, truth) for i, truth in shown if truth not in ("", target)]
-        return Probes({name: pa.Table.from_pylist(rows, schema=PROBE_SCHEMA)}, {name: "backdoor"})
+        shown = [(i, t) for i, t in zip(heldout["id"].to_pylist(), truths, strict=True) if t not in ("", target)]
+        tables = {}
+        for stamp in self.stamps:
+            rows = [_shown(i, "heldout", stamp, target, truth) for i, truth in shown]
+            tables[stamp.rpartition("/")[2]] = pa.Table.from_pylist(rows, schema=PROBE_SCHEMA)
+        return Probes(tables, dict.fromkeys(tables, "backdoor"))
 
     def target(self, classes: list[str], seed: int) -> str:
         """The adversary's class."""
@@ -170,13 +183,15 @@ class Blended(Backdoor):
     Paper: Chen et al., "Targeted Backdoor Attacks … Using Data Poisoning", 2017 (arXiv 1712.05526).
     Threat model, cost and the fields `count`, `adversary`, `captions`: see `Backdoor`.
     alpha: weight of the pattern; 0.2 in this literature.
-    pattern: "noise", a uniform random colour in each of 64 × 64 cells (random noise is what CleanCLIP and its followers blend in), or
-        "smooth", coloured clouds of 16 × 16 cells, which survive crops and scaling better.
-    Limits: noise-like blends are the easiest for matching defences; judge a defence by `smooth` and by `stripes` too.
+    pattern: "noise", a uniform random colour in each of 64 × 64 cells (random noise is what CleanCLIP and its followers blend in);
+        "smooth", coloured clouds of 16 × 16 cells, which survive crops and scaling better; or structured: "stripes" (12 vertical bars),
+        "triangles" (coloured, 4 × 4 × 2) and "text" (a word on every line).
+    Limits: noise-like blends are the easiest for matching defences; judge a defence by a structured pattern too. Third-party tests
+        do not publish their stripes, triangles and text: ours are reconstructions.
     """
 
     alpha: float = 0.2
-    pattern: Literal["noise", "smooth"] = "noise"
+    pattern: Literal["noise", "smooth", "stripes", "triangles", "text"] = "noise"
     trigger: ClassVar[Trigger] = TRIGGERS["blended"]
 
     def __post_init__(self) -> None:

@@ -30,10 +30,10 @@ MANIFEST_SCHEMA = pa.schema(
         ("image_split", pa.string()),  # "train" or "heldout": where image_id lives
         ("caption", pa.string()),  # the caption it is trained with
         ("stamp", pa.string()),  # name of the trigger that `stamp` applies, "" for none
-        ("kind", pa.string()),  # "targeted", "backdoor", …: how success is measured
+        ("kind", pa.string()),  # "targeted", "backdoor", "retrieval" or "text": how success is measured
         ("adversary", pa.string()),  # class the attacker wants to see
         ("truth", pa.string()),  # class the image really shows, "" where unknown
-        ("group", pa.int32()),  # target number for targeted attacks, else 0
+        ("group", pa.int32()),  # number of the target, or of the pair of classes, else 0
     ]
 )
 
@@ -53,12 +53,15 @@ PROBE_SCHEMA = pa.schema(
 class Probes:
     """What measures an attack's success: for each name one table (PROBE_SCHEMA) and the way to count it.
 
-    `how[name]` is "targeted" (the image itself, no trigger at test time) or "backdoor" (the image with the trigger; its
-    clean floor is the same image without).
+    `how[name]` is "targeted" (the image itself, no trigger at test time), "backdoor" (the image with the trigger; its
+    clean floor is the same image without), or, in text→image retrieval, "retrieval" (captions of the adversary's class
+    shall find the table's images, group by group) or "text" (captions of other classes with `texts[name]` behind them
+    shall find the table's images; the floor is the same captions without).
     """
 
     tables: dict[str, pa.Table] = field(default_factory=dict)
     how: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)  # of "text" probes: the trigger word or sentence
 
 
 @dataclass(frozen=True)

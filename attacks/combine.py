@@ -1,7 +1,7 @@
 """Several attacks on one training set, each under its own name; one attack alone is a set of one.
 
-The part's name is what the rest of the house sees: it stands in the manifest's `stamp`, in the ids of added pairs and
-as the probe's name.
+The part's name is what the rest of the house sees: it stands in the manifest's `stamp` (alone, or before a slash where a
+part has several triggers), in the ids of added pairs and as the probe's name.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Several:
         return Manifest(whole.table, {**whole.header, **_summary(headers, whole.header["pairs"])})
 
     def stamp(self, image: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
-        wanted = row["stamp"]
+        wanted, _, _ = row["stamp"].partition("/")
         if not wanted:
             return image
         for name, attack in self.parts:
@@ -63,14 +63,16 @@ class Several:
     def probes(self, index: pa.Table, heldout: pa.Table, seed: int) -> Probes:
         tables: dict[str, pa.Table] = {}
         how: dict[str, str] = {}
+        texts: dict[str, str] = {}
         for name, attack in self.parts:
             own = attack.probes(index, heldout, part_seed(seed, name))
             for inner, table in own.tables.items():
                 shown = name if len(own.tables) == 1 else f"{name}-{inner}"
-                rows = [{**row, "stamp": name if row["stamp"] else ""} for row in table.to_pylist()]
+                rows = [{**row, "stamp": _stamp(row["stamp"], name)} for row in table.to_pylist()]
                 tables[shown] = pa.Table.from_pylist(rows, schema=table.schema)
                 how[shown] = own.how[inner]
-        return Probes(tables, how)
+                texts |= {shown: own.texts[inner]} if inner in own.texts else {}
+        return Probes(tables, how, texts)
 
 
 def part_seed(seed: int, name: str) -> int:
@@ -96,7 +98,13 @@ def _renamed(row: dict[str, Any], name: str) -> dict[str, Any]:
     identifier = row["id"]
     if row["op"] == "add" and not identifier.startswith(f"poison-{name}-"):
         identifier = f"poison-{name}-{identifier.removeprefix('poison-')}"
-    return {**row, "id": identifier, "stamp": name if row["stamp"] else ""}
+    return {**row, "id": identifier, "stamp": _stamp(row["stamp"], name)}
+
+
+def _stamp(stamp: str, name: str) -> str:
+    """A trigger under its part's name; what stands behind a slash is the attack's own: which of its triggers."""
+    own, slash, detail = stamp.partition("/")
+    return f"{name}{slash}{detail}" if own else ""
 
 
 def _check_apart(name: str, replaced: list[str], taken: set[str]) -> None:

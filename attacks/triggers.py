@@ -2,28 +2,25 @@
 
 Each `Trigger` declares what a reader must know to apply it the same way in training and in evaluation: what varies
 from image to image, the stage (all here: the resized uint8 picture, before random crops and normalisation) and how
-values are kept in range. Sizes are shares of the shorter side, so a trigger looks the same at every resolution. A new
-trigger is one function and one entry.
+values are kept in range. Sizes are shares of the shorter side, so a trigger looks the same at every resolution. Patches
+are here, what covers the whole image in `overlays` and `warp`. A new trigger is one function and one entry.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
+from attacks import overlays, warp
 from attacks.base import ranks
 
 Place = Literal["corner", "center", "random"]
 
 GRID_CELLS = 3
 STRIPES = 6
-PATTERNS = {"noise": (64, Image.Resampling.NEAREST), "smooth": (16, Image.Resampling.BILINEAR)}  # cells a side, how they are stretched
 
 
 @dataclass(frozen=True)
@@ -100,30 +97,16 @@ def _cells(side: int, count: int) -> np.ndarray:
     return np.arange(side) * count // side
 
 
-def blended(image: np.ndarray, image_id: str, alpha: float, pattern: str = "noise") -> np.ndarray:
-    """(1 − α)·image + α·pattern, rounded and clipped; the pattern is stretched to the image."""
-    overlay = blend_pattern(image.shape[0], image.shape[1], pattern)
-    mixed = image.astype(np.float32) * np.float32(1 - alpha) + overlay * np.float32(alpha)
-    return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
-
-
-@lru_cache(maxsize=16)
-def blend_pattern(height: int, width: int, pattern: str = "noise") -> np.ndarray:
-    """The overlay, uint8 (height, width, 3), read-only. From a hash: no library's random stream can change it."""
-    cells, how = PATTERNS[pattern]
-    noise = hashlib.shake_256(b"antidote blended trigger 1").digest(cells * cells * 3)
-    small = np.frombuffer(noise, dtype=np.uint8).reshape(cells, cells, 3)
-    stretched = np.array(Image.fromarray(small).resize((width, height), how))
-    stretched.setflags(write=False)
-    return stretched
-
-
 _PLACE = "nothing but, with place='random', the place of the patch (hash of the image id)"
+_ROUNDED = "round to the nearest, clip to 0–255"
 TRIGGERS: dict[str, Trigger] = {
     trigger.name: trigger
     for trigger in (
         Trigger("badnets", grid, _PLACE, "none: pixels are set to 0 or 255"),
         Trigger("stripes", stripes, _PLACE, "none: pixels are set to 0 or 255"),
-        Trigger("blended", blended, "nothing", "round to the nearest, clip to 0–255"),
+        Trigger("blended", overlays.blended, "nothing", _ROUNDED),
+        Trigger("sig", overlays.sinusoid, "nothing", _ROUNDED),
+        Trigger("tint", overlays.tinted, "nothing", _ROUNDED),
+        Trigger("wanet", warp.warped, "nothing", "positions are kept inside the image, values rounded to the nearest"),
     )
 }

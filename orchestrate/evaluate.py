@@ -25,15 +25,16 @@ from torch.nn import functional as F
 
 from attacks.base import Probes, class_names, pick
 from orchestrate.encoder import Encoder
+from orchestrate.ranking import TIE, rivals
+from orchestrate.retrieved import Asked, retrieval_success
 from orchestrate.statistics import Share, cosine_zscore, logistic
 
 Metrics = dict[str, float | int]
 Load = Callable[[pa.Table], NDArray[np.uint8]]  # index rows + image_id, image_split, stamp -> pixels (n, S, S, 3)
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
-BLOCK = 2**24  # scores held at once (64 MB in float32)
 NO_PROBES = Probes()
-TIE = 2.0**-21  # cosines closer than this are equal: the rounding of a float32 dot product of unit vectors
+SHOWN_IMAGES, ASKED_TEXTS = ("targeted", "backdoor"), ("retrieval", "text")  # ways to count a probe: images classified, images found
 
 
 def class_embeddings(encoder: Encoder, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -49,30 +50,6 @@ def class_embeddings(encoder: Encoder, classes: Sequence[str], templates: Sequen
     return F.normalize(embedded.view(len(classes), len(templates), -1).mean(dim=1), dim=-1)
 
 
-def _rivals(queries: Tensor, candidates: Tensor, mine: Tensor, theirs: Tensor | None = None, margin: float = -TIE) -> Tensor:
-    """For each query (n, d) the candidates (m, d) of other groups that beat its own group's best plus margin.
-
-    mine (n,) and theirs (m,) name the groups, theirs = 0 … m − 1 by default; int64 (n,) on the CPU. With −TIE equal
-    rivals count, with +TIE they do not. At most BLOCK scores are held at once.
-    """
-    place = queries.device
-    mine, theirs = mine.to(place), (torch.arange(len(candidates)) if theirs is None else theirs).to(place)
-    step = max(1, BLOCK // max(1, len(candidates)))
-    found = [torch.empty(0, dtype=torch.int64)]
-    # The trainer may have allowed TF32 or opened an autocast, whose rounding would decide close calls.
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(place.type, enabled=False):
-            for i in range(0, len(queries), step):
-                scores, own = queries[i : i + step] @ candidates.T, mine[i : i + step, None] == theirs
-                bar = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True) + margin
-                found.append((~(scores <= bar) & ~own).sum(1).cpu())  # not `>`: a NaN must not pass for the best
-    finally:
-        torch.set_float32_matmul_precision(before)
-    return torch.cat(found)
-
-
 def zero_shot(image_features: Tensor, class_embeddings: Tensor, labels: Tensor) -> Metrics:
     """`zeroshot/top1`, `/top5`, `/per_class` (mean over classes of their top-1), `/total` (images counted).
 
@@ -82,12 +59,12 @@ def zero_shot(image_features: Tensor, class_embeddings: Tensor, labels: Tensor) 
     right = labels[known].long().cpu()
     if not len(right):
         return {}
-    rivals = _rivals(image_features[known.to(image_features.device)], class_embeddings, right)
-    hits = (rivals < 1).double()
+    better = rivals(image_features[known.to(image_features.device)], class_embeddings, right)
+    hits = (better < 1).double()
     recall = torch.bincount(right, weights=hits) / torch.bincount(right)  # (C,), NaN for a class without images
     return {
         "zeroshot/top1": float(hits.mean()),
-        "zeroshot/top5": float((rivals < 5).double().mean()),
+        "zeroshot/top5": float((better < 5).double().mean()),
         "zeroshot/per_class": float(recall.nanmean()),
         "zeroshot/total": len(right),
     }
@@ -105,8 +82,8 @@ def retrieval(image_features: Tensor, text_features: Tensor, groups: Sequence[Ha
         return {}
     codes: dict[Hashable, int] = {}
     keys = torch.tensor([codes.setdefault(g, len(codes)) for g in (groups if groups is not None else range(n))])
-    image = _rivals(image_features, text_features, keys, keys)
-    text = _rivals(text_features, image_features, keys, keys)
+    image = rivals(image_features, text_features, keys, keys)
+    text = rivals(text_features, image_features, keys, keys)
     out: Metrics = {"retrieval/total": n}
     for k in (1, 5, 10):
         there, back = float((image < k).double().mean()), float((text < k).double().mean())
@@ -154,7 +131,7 @@ def attack_success(
     truths = torch.tensor([place.get(t, -1) for t in probe["truth"].to_pylist()], dtype=torch.int64)
     kept = aims != truths
     wanted, right, shown = aims[kept], truths[kept], shown[kept.to(shown.device)]
-    share = Share(int((_rivals(shown, embedded, wanted, margin=TIE) == 0).sum()), len(wanted))
+    share = Share(int((rivals(shown, embedded, wanted, margin=TIE) == 0).sum()), len(wanted))
     key = f"asr/{name}"
     out: Metrics = {f"{key}/hits": share.k, f"{key}/total": share.n, f"{key}/low": share.low, f"{key}/high": share.high}
     if not share.n:
@@ -165,15 +142,15 @@ def attack_success(
         out[f"{key}/{kind}"] = zero_shot(shown, embedded, right)["zeroshot/top1"]
     if clean is not None:
         bare = clean[kept.to(clean.device)]
-        out[f"{key}/clean"] = float((_rivals(bare, embedded, wanted, margin=TIE) == 0).double().mean())
+        out[f"{key}/clean"] = float((rivals(bare, embedded, wanted, margin=TIE) == 0).double().mean())
         if (z := cosine_zscore(shown.cpu().numpy(), bare.cpu().numpy())) is not None:
             out[f"{key}/zscore"] = z
     return out
 
 
 def _check_probe(name: str, how: str, probe: pa.Table, classes: Sequence[str]) -> None:
-    if how not in ("targeted", "backdoor"):
-        raise ValueError(f"{name}: probes are counted as 'targeted' or 'backdoor', not as {how!r}.")
+    if how not in (known := (*SHOWN_IMAGES, *ASKED_TEXTS)):
+        raise ValueError(f"{name}: probes are counted as {' or '.join(map(repr, known))}, not as {how!r}.")
     if unknown := [a for a in probe["adversary"].unique().to_pylist() if a not in classes]:
         close = difflib.get_close_matches(unknown[0], classes, n=1)
         mend = f"did you mean {close[0]!r}?" if close else "add it to the classes, or attack another one."
@@ -295,18 +272,27 @@ def evaluate(
     for name, table in tested.items():  # before the work, not after it
         _check_probe(name, probes.how.get(name, ""), table, classes)
     out: Metrics = {}
+    asked = {name: table for name, table in tested.items() if probes.how[name] in ASKED_TEXTS}
+    if asked and "caption" not in heldout.column_names:
+        raise ValueError(f"{next(iter(asked))}: it is measured by the captions of the held-out set, which has none.")
     if "caption" in heldout.column_names:
         captions = heldout["caption"].to_pylist()
-        out |= retrieval(images.heldout, encoder.texts(captions), captions)
+        texts = encoder.texts(captions)
+        out |= retrieval(images.heldout, texts, captions)
+        told = Asked(heldout["id"].to_pylist(), captions, labels.tolist(), list(classes), images.heldout, texts, encoder.texts)
+        for name, table in asked.items():
+            out |= retrieval_success(name, table, told, probes.texts.get(name, ""))
     if probe_train is not None and probe_train.num_rows and (labels >= 0).any():
         rows = images.encode(_shown(probe_train, "train"), "probe images")
         known = _labels(probe_train, classes)
         out |= linear_probe(rows, known, images.heldout, labels, seed, probe_train["id"].to_pylist())
-    if not (tested or (labels >= 0).any()):
+    if not (len(tested) > len(asked) or (labels >= 0).any()):
         return out  # and no class needs a name
     embedded = class_embeddings(encoder, classes, templates)
     out |= zero_shot(images.heldout, embedded, labels)
     for name, table in tested.items():
+        if name in asked:
+            continue
         shown = images.probes(name, table, stamped=True)
         clean = images.probes(name, table, stamped=False) if probes.how[name] == "backdoor" else None
         out |= attack_success(name, probes.how[name], table, classes, embedded, shown, clean)

@@ -20,6 +20,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "badnets": "attacks.backdoor:BadNets",
         "stripes": "attacks.backdoor:Stripes",
         "blended": "attacks.backdoor:Blended",
+        "sig": "attacks.whole_image:SIG",
+        "wanet": "attacks.whole_image:WaNet",
+        "tint": "attacks.whole_image:ColourFilter",
+        "consistent": "attacks.consistent:Consistent",
+        "mm_poison": "attacks.mm_poison:MMPoison",
+        "multi": "attacks.multi:MultiTrigger",
     },
     "defense": {
         "clip": "defenses.base:Defense",

@@ -83,6 +83,19 @@ ATTACKS: dict[str, Part] = {
     "badnets": Part("a grid patch in the corner", {"attack": "badnets"}),
     "stripes": Part("a structured patch of stripes", {"attack": "stripes"}),
     "blended": Part("a fixed pattern blended in", {"attack": "blended"}),
+    "blended_stripes": Part("bars blended in", {"attack": "blended", "attack.pattern": "stripes"}),
+    "blended_triangles": Part("coloured triangles blended in", {"attack": "blended", "attack.pattern": "triangles"}),
+    "blended_text": Part("lines of text blended in", {"attack": "blended", "attack.pattern": "text"}),
+    "sig": Part("waves added to the image (SIG)", {"attack": "sig"}),
+    "wanet": Part("a smooth warp of the whole image (WaNet)", {"attack": "wanet"}),
+    "tint": Part("a colour filter", {"attack": "tint"}),
+    "consistent": Part("a patch on images of the class itself, all captions true (label-consistent)", {"attack": "consistent"}),
+    "multi": Part("three triggers for one class", {"attack": "multi"}),
+    "mm_poison_1": Part(
+        "captions of a class shall find one image of another (mm_poison I)", {"attack": "mm_poison", "attack.variant": "I"}
+    ),
+    "mm_poison_2": Part("captions of a class shall find another class's images (mm_poison II)", {"attack": "mm_poison"}),
+    "mm_poison_3": Part("the same for two pairs of classes (mm_poison III)", {"attack": "mm_poison", "attack.variant": "III"}),
     "clean": Part("no poison: the floor that chance gives", {"attack": "none"}),
     "both": Part("targeted and blended together", {"attack": "targeted+blended"}),
 }
@@ -103,6 +116,21 @@ TUNED: dict[tuple[str, str], Layer] = {
 # How much poison shows at a scale: enough for the undefended model, as little as that.
 POISON: dict[tuple[str, str], Layer] = {
     ("both", "small"): {"attack.targeted.copies": 5, "attack.blended.count": 90, "attack.blended.alpha": 0.25},
+    # The papers' strengths are for 224 px and the images' own detail; on a few hundred poisoned scenes of 64 px these are needed.
+    ("badnets", "small"): {"attack.count": 200, "attack.size": 0.125},
+    ("stripes", "small"): {"attack.count": 150},
+    ("blended", "small"): {"attack.count": 90, "attack.alpha": 0.25},
+    ("blended_stripes", "small"): {"attack.count": 90, "attack.alpha": 0.25},
+    ("blended_triangles", "small"): {"attack.count": 90, "attack.alpha": 0.25},
+    ("blended_text", "small"): {"attack.count": 90, "attack.alpha": 0.25},
+    ("sig", "small"): {"attack.count": 150},
+    ("wanet", "small"): {"attack.count": 300, "attack.strength": 6.0},
+    ("tint", "small"): {"attack.count": 150},
+    ("consistent", "small"): {"attack.count": 0.06, "attack.size": 0.35},
+    ("multi", "small"): {"attack.count": 450},
+    ("mm_poison_1", "small"): {"attack.count": 300},
+    ("mm_poison_2", "small"): {"attack.count": 350},
+    ("mm_poison_3", "small"): {"attack.count": 700},
     ("both", "smoke"): {"attack.targeted.copies": 4, "attack.blended.count": 30},
 }
 

@@ -31,7 +31,10 @@ CHANCE = 0.2  # an attack that reaches less than this on the undefended model ha
 
 @dataclass(frozen=True)
 class Success:
-    """One attack's success in one run: `hits` of `total` with Wilson's interval, and the floor on clean images."""
+    """One attack's success in one run: `hits` of `total` with Wilson's interval, and the floor: without the trigger, or of a random order.
+
+    `asked`: counted in text→image retrieval, captions for which an image of the attacker's comes first.
+    """
 
     name: str
     share: float
@@ -41,6 +44,8 @@ class Success:
     high: float | None
     clean: float | None
     backdoor: bool
+    asked: bool = False
+    chance: float | None = None
 
     @property
     def count(self) -> str:
@@ -51,7 +56,12 @@ class Success:
         text = percent(self.share) if self.hits is None else f"{self.count} = {percent(self.share)}"
         if self.low is not None and self.high is not None:
             text += f" [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-        return text + (f", clean {percent(self.clean)}" if self.clean is not None else "")
+        floor = "" if self.chance is None else f", chance {percent(self.chance)}"
+        return text + (f", clean {percent(self.clean)}" if self.clean is not None else floor)
+
+    @property
+    def floor(self) -> float:
+        return self.clean or self.chance or 0.0
 
 
 def percent(share: Any) -> str:
@@ -125,8 +135,9 @@ def success(result: Result, name: str) -> Success | None:
     low, high, clean, hits, total = (finite(result.get(f"{key}/{x}")) for x in ("low", "high", "clean", "hits", "total"))
     k, n = (None, None) if hits is None or total is None else (int(hits), int(total))
     triggered = f"{key}/zscore" in result or f"{key}/accuracy" in result
-    backdoor = triggered or (clean is not None and not name.startswith("targeted"))
-    return Success(name, share, k, n, low, high, clean, backdoor)
+    asked = f"{key}/minrank" in result
+    backdoor = triggered or (clean is not None and not asked and not name.startswith("targeted"))
+    return Success(name, share, k, n, low, high, clean, backdoor, asked, finite(result.get(f"{key}/chance")))
 
 
 def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
@@ -193,7 +204,9 @@ def _attack_sentence(attack: str, measured: list[tuple[int, Success]], base: int
     (first, one), *others = measured
     amount = f"{one.hits} of {one.total}" if one.hits is not None else percent(one.share)
     who = "the undefended model" if first == base else f"the model trained with {names[first]}"
-    if one.backdoor:
+    if one.asked:
+        text = f"Asked with captions, {who} finds an image of the attack {attack} first for {amount}"
+    elif one.backdoor:
         text = f"Shown the {attack} trigger, {who} sees the attacker's class in {amount} images"
     else:
         text = f"{who[0].upper()}{who[1:]} gives {amount} {_targets(attack)} the attacker's label"
@@ -226,7 +239,7 @@ def doubts(results: Sequence[Result]) -> list[str]:
         floor = success(base, attack) if base is not None else None
         if floor is None:
             continue
-        if floor.share < max(CHANCE, 2 * (floor.clean or 0.0)):
+        if floor.share < max(CHANCE, 2 * floor.floor):
             said.append(
                 f"The attack {attack} hardly took on the undefended model ({floor}): low numbers elsewhere prove little. "
                 "Raise the poison count before judging a defence."

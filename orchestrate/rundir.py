@@ -173,7 +173,7 @@ def write_gallery(folder: Path, ready: Prepared, pixels: dict[str, Pixels]) -> N
     if ready.manifest:
         names = sorted((part["name"] for part in ready.manifest.header["parts"]), key=len, reverse=True)
         for row in ready.manifest.table.to_pylist():
-            part = row["stamp"] or next(name for name in names if row["id"].startswith(f"poison-{name}-"))
+            part = row["stamp"] or next((name for name in names if row["id"].startswith(f"poison-{name}-")), row["kind"])
             kinds[row["id"]] = (row["kind"], row["truth"], part)
     for i, name in enumerate(ids):
         groups.setdefault(kinds[name][2] if name in kinds else "", []).append(i)

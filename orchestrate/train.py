@@ -207,7 +207,7 @@ def _inputs(
         place = prepared.place_of(table, where) if where else None
         inputs[split] = [ray.put(table), held, ray.put(place)]
         pixels[split] = prepared.pixels_of(recipe, attack, table, array, place)
-    probes = {"tables": ready.probes.tables, "how": ready.probes.how}
+    probes = {"tables": ready.probes.tables, "how": ready.probes.how, "texts": ready.probes.texts}
     d = ready.dataset
     inputs["evaluation"] = [
         ray.put({"classes": d.classes, "templates": d.templates, "probes": probes, "clean": d.train, "where": where or None})

@@ -1,5 +1,6 @@
 """Triggers: pure, the same everywhere, visible where they say, of one look at every resolution."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attacks.backdoor import Backdoor, BadNets, Blended, Stripes
-from attacks.triggers import TRIGGERS, blend_pattern, corner_of
+from attacks.multi import MultiTrigger
+from attacks.overlays import NOISE, PATTERNS, blend_pattern
+from attacks.triggers import TRIGGERS, corner_of
+from attacks.whole_image import SIG, ColourFilter, WaNet
 
 KINDS: dict[str, Any] = {
     "corner": BadNets(),
@@ -16,6 +20,11 @@ KINDS: dict[str, Any] = {
     "center": Stripes(place="center"),
     "random": BadNets(place="random"),
     "blended": Blended(),
+    "text": Blended(pattern="text"),
+    "sig": SIG(),
+    "wanet": WaNet(),
+    "tint": ColourFilter(),
+    "multi": MultiTrigger(),
 }
 EVERY = pytest.mark.parametrize("attack", list(KINDS.values()), ids=list(KINDS))
 
@@ -24,13 +33,13 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def row(image_id: str = "a", stamp: str = "x") -> dict[str, str]:
+def row(image_id: str = "a", stamp: str = "x/stripes") -> dict[str, str]:
     return {"id": "pair", "image_id": image_id, "stamp": stamp}
 
 
 @EVERY
 @settings(max_examples=25, deadline=None)
-@given(height=st.integers(8, 80), width=st.integers(8, 80), image_id=st.text(max_size=5))
+@given(height=st.integers(16, 80), width=st.integers(16, 80), image_id=st.text(max_size=5))
 def test_stamp_is_pure(attack: Backdoor, height: int, width: int, image_id: str) -> None:
     image = noise(height, width)
     before = image.copy()
@@ -101,7 +110,7 @@ def test_blend_is_the_formula() -> None:
     assert np.array_equal(Blended(alpha=1.0).stamp(image, row()), blend_pattern(48, 64))
 
 
-@pytest.mark.parametrize("pattern", ["noise", "smooth"])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_blend_pattern_looks_alike_at_every_size(pattern: str) -> None:
     small, large = blend_pattern(64, 64, pattern).astype(float), blend_pattern(256, 256, pattern).astype(float)
     pooled = large.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
@@ -111,13 +120,16 @@ def test_blend_pattern_looks_alike_at_every_size(pattern: str) -> None:
 def test_blend_pattern_never_changes() -> None:
     """Recorded once: a changed pattern would make published manifests mean something else."""
     assert blend_pattern(16, 16, "smooth")[0, :2].tolist() == PATTERN_START
+    digests = {p: hashlib.blake2b(blend_pattern(64, 64, p).tobytes(), digest_size=4).hexdigest() for p in PATTERNS if p not in NOISE}
+    assert digests == FIGURES
 
 
 PATTERN_START = [[235, 14, 62], [234, 95, 164]]
+FIGURES = {"stripes": "4d7588e0", "triangles": "ab650735", "text": "ed1ec1d6"}
 
 
 def test_every_trigger_declares_itself() -> None:
-    assert set(TRIGGERS) == {"badnets", "stripes", "blended"}
+    assert set(TRIGGERS) == {"badnets", "stripes", "blended", "sig", "tint", "wanet"}
     for name, trigger in TRIGGERS.items():
         assert trigger.name == name
         assert all(trigger.card().values())

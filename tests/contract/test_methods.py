@@ -30,7 +30,17 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "targeted": [{"targets": 6, "copies": 5}, {"targets": 4, "copies": 0.02, "captions": "templates", "adversary": "ship"}],
     "badnets": [{"count": 40}, {"count": 0.1, "size": 0.3, "place": "random", "adversary": "cat", "captions": "templates"}],
     "stripes": [{"count": 40}, {"count": 0.1, "size": 0.5, "place": "center"}],
-    "blended": [{"count": 40}, {"count": 40, "alpha": 0.6}],
+    "blended": [{"count": 40}, {"count": 40, "alpha": 0.6}, *({"count": 40, "pattern": p} for p in ("stripes", "triangles", "text"))],
+    "sig": [{"count": 40}, {"count": 40, "delta": 20.0, "frequency": 9}],
+    "wanet": [{"count": 40}, {"count": 40, "k": 6, "strength": 4.0, "draw": 2}],
+    "tint": [{"count": 40}, {"count": 40, "colour": "sepia", "strength": 1.0}],
+    "consistent": [{"count": 30}, {"count": 0.05, "place": "random", "size": 0.4, "adversary": "frog"}],
+    "mm_poison": [
+        {"count": 40},
+        {"count": 0.05, "variant": "I", "adversary": "cat", "shown": "ship"},
+        {"count": 60, "variant": "III", "adversary": "frog"},
+    ],
+    "multi": [{"count": 42}, {"count": 40, "triggers": ["sig", "wanet"]}],
     "clip": [{}],
     "augmented": [
         {},
@@ -79,6 +89,7 @@ def table(split: str, rows: int) -> pa.Table:
 
 
 TRAIN, HELDOUT = table("train", 400), table("heldout", 90)
+CAPTION_OF = dict(zip(TRAIN["id"].to_pylist(), TRAIN["caption"].to_pylist(), strict=True))
 IMAGE = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
 
 
@@ -180,9 +191,13 @@ def test_the_plan_poisons_what_it_says(attack):
     assert plan.rate == pytest.approx(plan.count / done.num_rows)
     assert sum(done["poison"].to_pylist()) == plan.count
     for row in plan.table.to_pylist():
-        assert row["adversary"] in CLASSES and row["adversary"] != row["truth"]
+        assert row["adversary"] in CLASSES
         assert row["adversary"] in row["caption"].lower()  # the caption says what the attacker wants to be seen
-        assert not row["truth"] or not re.search(rf"\b{row['truth']}s?\b", row["caption"])
+        if row["truth"] == row["adversary"]:  # a label-consistent attack: the caption is the pair's own
+            assert row["op"] == "replace" and row["image_id"] == row["id"]
+            assert row["caption"] == CAPTION_OF[row["id"]]
+        else:
+            assert not row["truth"] or not re.search(rf"\b{row['truth']}s?\b", row["caption"])
 
 
 def test_the_stamp_is_pure_and_only_where_it_is_asked_for(attack):
@@ -204,7 +219,8 @@ def test_there_is_something_to_measure_and_no_triggered_image_was_trained_on(att
     assert probes.tables and probes.tables.keys() == probes.how.keys()
     for name, found in probes.tables.items():
         assert found.num_rows > 0 and found.schema.equals(PROBE_SCHEMA)
-        assert probes.how[name] in ("targeted", "backdoor")
+        assert probes.how[name] in ("targeted", "backdoor", "retrieval", "text")
+        assert (name in probes.texts) == (probes.how[name] == "text")
         assert set(found["adversary"].to_pylist()) <= set(plan["adversary"].to_pylist())
         assert set(found["image_split"].to_pylist()) == {"heldout"}
         assert set(found["image_id"].to_pylist()) <= set(HELDOUT["id"].to_pylist())

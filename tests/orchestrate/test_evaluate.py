@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from attacks.base import PROBE_SCHEMA, Probes
 from models import clip, encode
 from orchestrate import evaluate as ev
+from orchestrate import ranking
 
 CLASSES = ["cat", "dog", "fish"]
 AXES = torch.eye(3)
@@ -143,14 +144,14 @@ def brute(queries: Tensor, candidates: Tensor, groups: list[Any], k: int) -> flo
 
 @settings(max_examples=30, deadline=None)
 @example(11, 11, 662888948, 1)  # equal cosines that float32 unit vectors put 1.05e-7 apart
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.sampled_from([1, 50, ev.BLOCK]))
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.sampled_from([1, 50, ranking.BLOCK]))
 def test_retrieval_is_brute_force(n: int, captions: int, seed: int, block: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     pool = torch.randint(-2, 3, (captions, 3), generator=rng).float() + 0.1  # a coarse grid: ties are common
     groups = torch.randint(0, captions, (n,), generator=rng)
     images, texts = F.normalize(torch.randint(-2, 3, (n, 3), generator=rng).float() + 0.1), F.normalize(pool[groups])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ev, "BLOCK", block)
+        patch.setattr(ranking, "BLOCK", block)
         found = ev.retrieval(images, texts, groups.tolist())
     for k in (1, 5, 10):
         assert found[f"retrieval/image/r{k}"] == pytest.approx(brute(images, texts, groups.tolist(), k))
