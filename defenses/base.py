@@ -3,11 +3,13 @@
 The trainer calls, in this order, once the model exists:
 
     for epoch in 1 … epochs:
-        if (m := defense.matcher(epoch)):  pairing = actors run m.match(images, pool) over the whole set
-        for batch in epoch:
+        if (m := defense.matcher(epoch)):   pairing = actors run m.match(images, pool) over the whole set
+        if (s := defense.selector(epoch)):  safe = s.split(cosines that actors compute over the whole set, share of safe pairs so far)
+        for batch in epoch:                             # after a split: the other pairs first, then the safe ones
             batch = defense.augment(batch)
             out   = encode(batch)                       # text side from the pairing in a robust epoch
             loss  = defense.loss(out, base)             # base = clip_loss
+    if (r := defense.repair()):  fine-tune on r.clean trusted pairs with r.method's augmentation and loss
 
 Every hook of `Defense` means 'leave it alone', so the base class is the undefended baseline.
 """
@@ -50,6 +52,7 @@ class Batch:
     images: Tensor  # (N, 3, S, S) float32 in [0, 1], on the training device
     captions: list[str]  # N
     keys: np.ndarray  # (N,) uint64: a random key for each sample of this epoch, the same whatever the number of workers
+    view: int = 0  # 0, or 1 for the second view of a defence whose `view_count` is 2
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,12 @@ class ClipOutput:
     text_tokens_b: Tensor | None = None  # (N, L', d)
     text_mask_b: Tensor | None = None  # (N, L') bool
     robust: bool = False  # whether the text side comes from a pairing
+    image_b: Tensor | None = None  # (N, d) of the second view
+    text_b: Tensor | None = None  # (N, d)
+    safe: Tensor | None = None  # (N,) bool: what a `Selector` trusts; None: nothing was selected
+    image_queue: Tensor | None = None  # (Q, d) of the latest pairs before this batch, first views, without gradient: `queue_size`
+    text_queue: Tensor | None = None  # (Q, d)
+    epoch: int = 0  # counted from 1
 
 
 LossFn = Callable[[ClipOutput], Tensor]
@@ -90,6 +99,35 @@ class Matcher(Protocol):
     def match(self, images: Features, pool: Features, own: Features | None = None) -> Match: ...
 
 
+class Selection(NamedTuple):
+    """Which pairs are trusted in the epochs to come."""
+
+    safe: np.ndarray  # (N,) bool
+    posterior: np.ndarray  # (N,) float32, why: for the record
+    share: float  # of all pairs that are safe; the trainer keeps it, saves it in checkpoints and hands it to the next split
+
+
+class Selector(Protocol):
+    """Splits the pairs by how well each image agrees with its own caption; a frozen dataclass of plain values."""
+
+    def split(self, cosine: np.ndarray, before: float | None) -> Selection:
+        """cosine (N,) float32 of each pair, `before`: the last split's share, None for the first."""
+        ...
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Fine-tuning of a trained model on pairs that are trusted; the rest of the setting is that of the training."""
+
+    method: Defense  # whose augmentation and loss are used
+    clean: int | float  # trusted pairs: a count, or a share of the unpoisoned ones
+    epochs: int
+    batch: int
+    lr: float
+    warmup: int  # optimiser steps
+    weight_decay: float
+
+
 @dataclass(frozen=True)
 class Defense:
     """No defence: plain CLIP, the baseline of every table.
@@ -108,8 +146,29 @@ class Defense:
         """Augmented views of a batch that `loss` compares, 1 or 2. With 2, `augment` is called again with other keys."""
         return 1
 
+    @property
+    def queue_size(self) -> int | float:
+        """Latest pairs whose features `loss` also gets: a count, or a share of the training pairs; 0 = none."""
+        return 0
+
     def matcher(self, epoch: int) -> Matcher | None:
         """Not None: re-pair before this epoch (epochs count from 1)."""
+        return None
+
+    def selector(self, epoch: int) -> Selector | None:
+        """Not None: score every pair with the weights of the moment and split the set before this epoch. Not where `matcher` is."""
+        return None
+
+    def rounds(self, epochs: int) -> list[int]:
+        """The epochs before which actors go over the whole set."""
+        return [e for e in range(1, epochs + 1) if self.matcher(e) is not None or self.selector(e) is not None]
+
+    def lr_factor(self, epoch: int) -> float:
+        """Times the schedule's learning rate."""
+        return 1.0
+
+    def repair(self) -> Repair | None:
+        """Not None: fine-tune on trusted pairs after training."""
         return None
 
     def augment(self, batch: Batch) -> Batch:

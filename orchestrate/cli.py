@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrate import cli_sweeps, recipes, sweeps
+from orchestrate import cli_models, cli_sweeps, recipes, sweeps
 from orchestrate.recipe import Recipe, Resolved, flatten, from_dict, parse_overrides
 
 
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--recipe", default="", help="recipe.json whose attack is probed (default: clean figures only)")
     score.add_argument("--out", default="", help="also write the figures as JSON, with CLIP_benchmark's keys")
     score.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of data.* and evaluate.*")
+    cli_models.add(verb)
     report = verb("report", _report, "one HTML page from finished run directories")
     report.add_argument("runs", nargs="+", help="run directories")
     report.add_argument("--out", default="report.html")
@@ -151,7 +152,7 @@ def _show(args: argparse.Namespace) -> None:
             origin = one.origins.get(path, "")
             print(f"  {path:<28} {_value(value):<34} {'' if origin == 'default' else origin}".rstrip())
         defense = prepared.build_defense(recipe)
-        matching = any(defense.matcher(e) for e in range(1, recipe.train.epochs + 1))
+        matching = bool(defense.rounds(recipe.train.epochs))
         print(f"  resources: {cluster.plan(recipe.cluster, matching, recipe.data.stream == 'always')}\n")
 
 

@@ -32,6 +32,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "augmented": "defenses.augmented:Augmented",
         "roclip": "defenses.roclip:RoCLIP",
         "otcclip": "defenses.otcclip:OTCCLIP",
+        "cleanclip": "defenses.cleanclip:CleanCLIP",
     },
 }
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from attacks.apply import apply
-from attacks.base import Manifest, Probes, manifest, pick, ranks
+from attacks.base import Manifest, Probes, how_many, manifest, pick, ranks
 from attacks.combine import Several
 from defenses.augment import mix
 from defenses.base import Defense
@@ -165,6 +165,13 @@ def check_size(recipe: Recipe, table: pa.Table) -> None:
         raise ValueError(
             f"train.batch={train.batch} does not divide into cluster.workers={workers} × train.accumulate={train.accumulate} equal parts."
         )
+    if (plan := build_defense(recipe).repair()) is not None:
+        trusted = len(trusted_positions(table, plan.clean, recipe.seed))
+        if trusted < plan.batch or plan.batch % workers:
+            raise ValueError(
+                f"the repair's batch of {plan.batch} must divide into cluster.workers={workers} equal parts, and its {trusted:,} trusted "
+                "pairs must fill one: change defense.batch, or give more with defense.clean."
+            )
 
 
 # --- order and keys ------------------------------------------------------------------------------------------------------------
@@ -203,6 +210,19 @@ def probe_rows(clean: pa.Table, count: int, seed: int) -> pa.Table:
     labelled = clean.filter(pc.greater_equal(clean["label"], 0))
     ids = labelled.column("id").to_pylist()
     return labelled.take(pa.array(pick(ids, min(count, len(ids)), seed, PROBE_SALT)))
+
+
+def trusted_rows(table: pa.Table, amount: int | float, seed: int) -> pa.Table:
+    """Pairs of a poisoned table that the attack has not touched, by hash: a count, or a share of all such pairs."""
+    return table.take(pa.array(trusted_positions(table, amount, seed)))
+
+
+def trusted_positions(table: pa.Table, amount: int | float, seed: int) -> np.ndarray:
+    """The same as positions in `table`, int64 (n,), ascending."""
+    clean = np.flatnonzero(~table.column("poison").to_numpy(zero_copy_only=False))
+    ids = table.column("id").take(pa.array(clean)).to_pylist()
+    count = len(ids) if amount == 1.0 else min(len(ids), how_many(amount, len(ids)))
+    return np.sort(clean[pick(ids, count, seed, "trusted")])
 
 
 def loader(recipe: Recipe, attack: Any, images: np.ndarray | None, where: dict[Any, int] | None, side: int = 0) -> Any:

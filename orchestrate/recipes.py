@@ -76,6 +76,7 @@ METHODS: dict[str, Part] = {
     "augmented": Part("RoCLIP's augmentations without its matching: the fair baseline", {"defense": "augmented"}),
     "roclip": Part("RoCLIP: nearest caption of a random pool, every second epoch", {"defense": "roclip"}),
     "otcclip": Part("OTCCLIP: the same by optimal transport between patches and words, which the loss aligns too", {"defense": "otcclip"}),
+    "cleanclip": Part("CleanCLIP: no defence, then a repair on trusted pairs", {"defense": "cleanclip"}),
 }
 
 ATTACKS: dict[str, Part] = {
@@ -107,8 +108,11 @@ ATTACK = "both"
 # the poison. When every epoch re-pairs only those whose own caption ranks worst, most clean captions stay and few poisoned ones do.
 VIEWS: Layer = {"defense.crop": 0.4, "defense.jitter": 0.4, "defense.gray": 0.1, "defense.blur": 0.0, "defense.eda": 0.0}
 MOVE: Layer = {"defense.every": 1, "defense.warmup": 4, "defense.matched": "caption", "defense.move": 0.12}
+# Repair: thousands of pairs instead of a million make hundreds of steps, which need a larger rate to move the model at all.
+REPAIR: Layer = {"defense.clean": 0.25, "defense.lr": 1e-3}
 TUNED: dict[tuple[str, str], Layer] = {
     **{(method, scale): VIEWS for method in ("augmented", "roclip", "otcclip") for scale in ("smoke", "small")},
+    **{("cleanclip", scale): {**VIEWS, **REPAIR} for scale in ("smoke", "small")},
     ("roclip", "small"): {**VIEWS, **MOVE},
     # beta: a second view of every batch doubles what a step costs.
     ("otcclip", "small"): {**VIEWS, **MOVE, "defense.beta": 0.0},

@@ -27,6 +27,7 @@ RESULT = "result.json"
 SHOWN = 8  # examples of each kind in the gallery
 TABLES = ("manifest.parquet", "quarantine.parquet", "rounds", "plans.parquet")
 ARTIFACTS = ("recipe.json", "data.json", *TABLES, "model", RESULT, "report.html")
+TOLD = ("kind", "epoch", "step", "time", "seconds")  # of an evaluation's record, about the record
 MATCHED = ("poisoned_kept", "clean_kept", "moved")  # of the last matching round, in result.json
 ROUND = {"epoch": pa.int32(), "caption": pa.string(), "similarity": pa.float32(), "nearest": pa.string(), "stays": pa.bool_()}
 PACKAGES = ("torch", "open_clip_torch", "ray", "mlflow", "pyarrow", "numpy")
@@ -102,7 +103,10 @@ def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] 
         "poison/rate": ready.manifest.rate if ready.manifest else 0.0,
         "poison/pairs": ready.table.num_rows,
     }
-    result |= {k: v for k, v in last.items() if k not in ("kind", "epoch", "step", "time", "seconds")}
+    result |= {k: v for k, v in last.items() if k not in TOLD}
+    for record in evaluations[:-1]:
+        if record["epoch"] == recipe.train.epochs:  # then a repair followed
+            result |= {f"before/{k}": v for k, v in record.items() if k not in TOLD}
     rounds = [r for r in records if r["kind"] == "match"]
     shares = {k: v for k, v in (rounds[-1] if rounds else {}).items() if k in MATCHED or k.startswith("quality/")}
     result |= {f"match/{name}": share for name, share in shares.items()}

@@ -144,6 +144,18 @@ def logistic(x: NDArray[Any], y: NDArray[Any], held: NDArray[np.bool_], test: ND
     return _head(c).fit(x, y).predict(test), c
 
 
+def logistic_head(x: NDArray[Any], y: NDArray[Any], test: NDArray[Any], c: float) -> NDArray[Any]:
+    """Predicted labels of `test` (m, d) by a logistic regression of x (n, d), y (n,) with inverse penalty c: scaled by x alone.
+
+    One class in y is predicted everywhere.
+    """
+    if len(np.unique(y)) < 2:
+        return np.full(len(test), y[0])
+    centre, scale = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+    scale[scale < 1e-6] = 1.0
+    return _head(c).fit((x - centre) / scale, y).predict((test - centre) / scale)
+
+
 def _head(c: float) -> Any:
     from sklearn.linear_model import LogisticRegression  # slow to import, and only the probe needs it
 

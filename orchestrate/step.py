@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Examples:
     captions: list[str]
     keys: np.ndarray  # (n,) uint64
     matched: np.ndarray | None = None
+    safe: np.ndarray | None = None  # (n,) bool: what a selector trusts
 
 
 class Towers(nn.Module):
@@ -66,13 +67,15 @@ class Learner:
         total_steps: int,
         device: torch.device | str = "cpu",
         unused: bool = False,  # whether some steps leave parameters without gradient (DDP must then look for them)
+        queue: int = 0,  # latest pairs whose features are kept for the loss
+        start: tuple[nn.Module, Mapping[str, Any]] | None = None,  # a trained model and its model_cfg, to go on from
     ) -> None:
-        self.config, self.train, self.defense = model, train, defense
+        self.config = model
         self.device = torch.device(device)
-        self.total_steps, self.steps = total_steps, 0
-        self.cfg = clip.config(model.name, model.image_size or None)
+        self.cfg = dict(start[1]) if start else clip.config(model.name, model.image_size or None)
         self.mean, self.std = clip.image_stats(self.cfg)
-        built = clip.build(self.cfg, seed=seed)
+        self.queue_size, self.queue = queue, [torch.zeros(0, self.cfg["embed_dim"], device=self.device) for _ in range(2)]
+        built = start[0] if start else clip.build(self.cfg, seed=seed)
         self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         if self.world > 1:
             built = syncbn.convert(built)
@@ -85,6 +88,11 @@ class Learner:
             self.towers = nn.parallel.DistributedDataParallel(
                 self.towers, device_ids=ids, find_unused_parameters=unused, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+        self.restart(defense, train, total_steps)
+
+    def restart(self, defense: Defense, train: Train, total_steps: int) -> None:
+        """A fresh optimiser and schedule on the same weights: a stage of its own."""
+        self.defense, self.train, self.total_steps, self.steps = defense, train, total_steps, 0
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, train.weight_decay), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=True
         )
@@ -103,13 +111,13 @@ class Learner:
         share = (step - warm) / max(1, self.total_steps - warm)
         return self.train.lr * 0.5 * (1 + math.cos(math.pi * share))
 
-    def step(self, examples: Examples, robust: bool = False) -> Tensor:
+    def step(self, examples: Examples, robust: bool = False, epoch: int = 0) -> Tensor:
         """One optimiser step; returns the global batch's loss, detached, on the device."""
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(self.steps)
+            group["lr"] = self.lr_at(self.steps) * self.defense.lr_factor(epoch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._accumulate([self._inputs(part) for part in split(examples, self.train.accumulate)], robust)
+        loss = self._accumulate([self._inputs(part) for part in split(examples, self.train.accumulate)], robust, epoch)
         if self.train.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_norm)
@@ -120,23 +128,25 @@ class Learner:
         self.steps += 1
         return loss
 
-    def _inputs(self, examples: Examples) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Pixels and token ids, a second view's behind the first's; and stored features where they stand for the captions."""
+    def _inputs(self, examples: Examples) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Pixels and token ids, a second view's behind the first's; stored features where they stand for the captions; what is safe."""
         pixels = torch.from_numpy(examples.images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last already
         pixels = pixels.float().div_(255)
         keys = [examples.keys, mix(examples.keys)][: self.defense.view_count]
-        views = [self.defense.augment(Batch(pixels, examples.captions, k)) for k in keys]
+        views = [self.defense.augment(Batch(pixels, examples.captions, k, view)) for view, k in enumerate(keys)]
         images = _join([resize(view.images, self.image_side) for view in views])
         assert images is not None
         images = clip.normalise(images, self.mean, self.std)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        safe = None if examples.safe is None else torch.from_numpy(np.array(examples.safe, bool)).to(self.device)
         if examples.matched is not None:
-            return images, None, torch.from_numpy(np.array(examples.matched, np.float32)).to(self.device)
-        return images, clip.tokenize(self.cfg, [c for view in views for c in view.captions]).to(self.device), None
+            return images, None, torch.from_numpy(np.array(examples.matched, np.float32)).to(self.device), safe
+        return images, clip.tokenize(self.cfg, [c for view in views for c in view.captions]).to(self.device), None, safe
 
-    def _forward(self, inputs: tuple[Tensor, Tensor | None, Tensor | None]) -> list[Tensor | None]:
-        images, ids, matched = inputs
+    def _forward(self, inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]) -> list[Tensor | None]:
+        """The scale; of the first view, then of the second: image, text, image tokens, text tokens, text mask; what is safe."""
+        images, ids, matched, safe = inputs
         dtype = DTYPES.get(self.train.precision)
         with contextlib.ExitStack() as stack:
             if dtype:
@@ -145,11 +155,13 @@ class Learner:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             image, text, scale, *tokens = self.towers(images, ids, self.defense.needs_tokens)
         rows = len(images) // self.defense.view_count
-        first = [matched if text is None else text[:rows], *(x if x is None else x[:rows] for x in tokens)]
-        second = [None if x is None or rows == len(images) else x[rows:] for x in tokens]
-        return [scale, image[:rows], *first, *second]
+        both = (image, text, *tokens)
+        first = [None if x is None else x[:rows] for x in both]
+        second = [None if x is None or rows == len(images) else x[rows:] for x in both]
+        first[1] = matched if text is None else first[1]
+        return [scale, *first, *second, safe]
 
-    def _accumulate(self, parts: Sequence[Any], robust: bool) -> Tensor:
+    def _accumulate(self, parts: Sequence[Any], robust: bool, epoch: int) -> Tensor:
         """Gradient of the global batch's loss in len(parts) passes.
 
         With one pass it is the plain step. With more, all embeddings are first made without gradient, then each micro-batch is encoded
@@ -166,22 +178,28 @@ class Learner:
             with contextlib.nullcontext() if last or self.world == 1 else self.towers.no_sync():  # type: ignore[operator]
                 out = self._forward(part)
                 micro = [out if j == i else cached[j] for j in range(len(parts))]
-                loss = self.defense.loss(self._global(micro, robust), clip_loss)
+                whole = self._global(micro, robust, epoch)
+                loss = self.defense.loss(whole, clip_loss)
                 # The scale enters every pass, the embeddings one each: its gradient is averaged over the passes.
                 self.scaler.scale(loss * self.world).backward()
             total = loss.detach()
         if len(parts) > 1 and self.model.logit_scale.grad is not None:
             self.model.logit_scale.grad /= len(parts)
+        if self.queue_size:
+            latest = zip(self.queue, (whole.image, whole.text), strict=True)
+            self.queue = [torch.cat([old, new.detach().float()])[-self.queue_size :] for old, new in latest]
         return total
 
-    def _global(self, micro: Sequence[Sequence[Tensor | None]], robust: bool) -> ClipOutput:
+    def _global(self, micro: Sequence[Sequence[Tensor | None]], robust: bool, epoch: int) -> ClipOutput:
         scale = next(m[0] for m in micro if m[0] is not None and (m[0].requires_grad or len(micro) == 1))
         if self.world > 1:  # value s, gradient 1/W of it (module docstring)
             scale = scale / self.world + (scale - scale / self.world).detach()
         merged = [_join([m[k] for m in micro]) for k in range(1, len(micro[0]))]
-        image, text, i, t, mask, i_b, t_b, mask_b = (gather(x, self.world, self.rank) for x in merged)
+        image, text, i, t, mask, image_b, text_b, i_b, t_b, mask_b, safe = (gather(x, self.world, self.rank) for x in merged)
         assert image is not None and text is not None
-        return ClipOutput(image, text, scale, i, t, mask, i_b, t_b, mask_b, robust)
+        image_queue, text_queue = self.queue if self.queue_size else (None, None)
+        first, second = (image, text, scale, i, t, mask), (i_b, t_b, mask_b)
+        return ClipOutput(*first, *second, robust, image_b, text_b, safe, image_queue, text_queue, epoch)
 
     def weights(self) -> dict[str, np.ndarray]:
         """The model's state as numpy arrays on the CPU: what matching actors load."""
@@ -193,6 +211,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "steps": self.steps,
+            "queue": self.queue,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -200,6 +219,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.steps = state["steps"]
+        self.queue = [x.to(self.device) for x in state.get("queue", self.queue)]
 
 
 def architecture(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
@@ -226,7 +246,7 @@ def split(examples: Examples, parts: int) -> list[Examples]:
         return [examples]
     bounds = np.linspace(0, len(examples.captions), parts + 1).astype(int)
     pick: Callable[[Any, int], Any] = lambda x, i: None if x is None else x[bounds[i] : bounds[i + 1]]
-    fields = (examples.images, examples.captions, examples.keys, examples.matched)
+    fields = (examples.images, examples.captions, examples.keys, examples.matched, examples.safe)
     return [Examples(*(pick(x, i) for x in fields)) for i in range(parts)]
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from attacks.base import Probes
+from attacks.base import Probes, how_many
 from orchestrate import cluster, journal, prepared, rundir
 from orchestrate import recipe as recipes
 from orchestrate.data import reader
@@ -70,7 +70,7 @@ def fit(recipe: Recipe, *, force: bool = False, tags: Mapping[str, str] | None =
 def _run(recipe: Recipe, folder: Path, tracker: Tracker) -> dict[str, Any]:
     started = time.monotonic()
     defense = prepared.build_defense(recipe)
-    matching = any(defense.matcher(e) for e in range(1, recipe.train.epochs + 1))
+    matching = bool(defense.rounds(recipe.train.epochs))
     with Phase("data") as phase:
         dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
     with cluster.connected(recipe.cluster) as resources:
@@ -324,7 +324,7 @@ def work(config: dict[str, Any]) -> None:
     if worker.rank == 0:
         ray.get(worker.rounds.begin.remote(worker.first, worker.rounds), timeout=worker.timeout)
     worker.report_again()
-    for epoch in range(worker.first, worker.recipe.train.epochs + 1):
+    for epoch in range(worker.first, worker.last + 1):
         records = worker.epoch(epoch)
         worker.report(records)
 
@@ -346,8 +346,13 @@ class Worker:
         self.pixels = prepared.pixels_of(recipe, self.attack, self.table, images, place)
         self.captions = np.array(self.table.column("caption").to_pylist(), dtype=object)
         self.keys = prepared.sample_keys(self.table, recipe.seed)
-        self.steps = self.table.num_rows // recipe.train.batch  # an epoch; the remainder is another one each epoch
+        self.rows, self.batch = np.arange(self.table.num_rows), recipe.train.batch
+        self.steps = len(self.rows) // self.batch  # an epoch; the remainder is another one each epoch
         epochs = range(1, recipe.train.epochs + 1)
+        self.repair = self.defense.repair()
+        self.last = recipe.train.epochs + (self.repair.epochs if self.repair else 0)
+        self.safe_share: float | None = None  # of the last selection
+        queue = self.defense.queue_size
         self.learner = Learner(
             recipe.model,
             recipe.train,
@@ -356,23 +361,32 @@ class Worker:
             total_steps=self.steps * recipe.train.epochs,
             device=ray.train.torch.get_device(),
             unused=any((m := self.defense.matcher(e)) is not None and m.matched == "embedding" for e in epochs),
+            queue=how_many(queue, len(self.rows)) if queue else 0,
         )
         self.first, self.noted, self.restored = 1, 0.0, ""
         if (checkpoint := ray.train.get_checkpoint()) is not None:
             state = _load(checkpoint)
-            self.learner.load_state_dict(state)
             self.first, self.restored = state["epoch"] + 1, state.get("records", "")
+            if state["epoch"] > recipe.train.epochs:
+                self._begin_repair()
+            self.learner.load_state_dict(state)
+            self.safe_share = state.get("safe_share")
 
     def epoch(self, epoch: int) -> list[dict[str, Any]]:
         """One epoch; the records of what happened in it (rank 0's are logged)."""
         records = []
-        pairing = None
-        if self.defense.matcher(epoch):
+        pairing: dict[str, Any] = {}
+        repairing = epoch > self.recipe.train.epochs
+        if epoch == self.recipe.train.epochs + 1:
+            self._begin_repair()
+        if not repairing and epoch in self.defense.rounds(epoch):
             pairing, facts = self._round(epoch)
+            self.safe_share = pairing.get("share", self.safe_share)
             records.append(facts)
+        robust = "index" in pairing
         started, losses = time.monotonic(), []
         for examples in self._batches(epoch, pairing):
-            losses.append(self.learner.step(examples, robust=pairing is not None))
+            losses.append(self.learner.step(examples, robust=robust, epoch=epoch))
             self._note(epoch, losses, started)
         seconds = time.monotonic() - started
         loss = float(sum(float(x) for x in losses) / len(losses))
@@ -380,11 +394,11 @@ class Worker:
             raise ValueError(
                 f"the loss of epoch {epoch} is {loss}: lower train.lr (now {self.recipe.train.lr:g}) or use train.precision=fp32."
             )
-        record = {"kind": "train", "epoch": epoch, "steps": self.learner.steps, "loss": loss, "robust": pairing is not None}
-        record |= {"lr": self.learner.lr_at(self.learner.steps - 1), "scale": float(self.learner.model.logit_scale.detach().exp())}
-        record |= {"seconds": seconds, "samples_per_s": len(losses) * self.recipe.train.batch / seconds}
+        record = {"kind": "train", "epoch": epoch, "steps": self.learner.steps, "loss": loss, "robust": robust}
+        record |= {"lr": self.learner.optimizer.param_groups[0]["lr"], "scale": float(self.learner.model.logit_scale.detach().exp())}
+        record |= {"seconds": seconds, "samples_per_s": len(losses) * self.batch / seconds} | ({"repair": True} if repairing else {})
         records.append(record)
-        every, last = self.recipe.evaluate.every, epoch == self.recipe.train.epochs
+        every, last = self.recipe.evaluate.every, epoch in (self.recipe.train.epochs, self.last)
         if self.rank == 0 and (last or (every and epoch % every == 0)):
             records.append({"kind": "eval", "epoch": epoch, **self._evaluate(last)})
         return records
@@ -399,6 +413,7 @@ class Worker:
 
         with tempfile.TemporaryDirectory() as folder:
             state = {**self.learner.state_dict(), "epoch": records[-1]["epoch"], "records": metrics["records"]}
+            state["safe_share"] = self.safe_share
             torch.save(state, Path(folder) / STATE)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
@@ -410,7 +425,7 @@ class Worker:
     def _round(self, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The pairing for this epoch, by reference; rank 0 hands out the weights."""
         if self.rank == 0:
-            self.rounds.publish.remote(epoch, self.learner.weights())
+            self.rounds.publish.remote(epoch, self.learner.weights(), self.safe_share)
         try:
             done = ray.get(self.rounds.pairing.remote(epoch), timeout=self.timeout)
         except ray.exceptions.GetTimeoutError:
@@ -420,30 +435,41 @@ class Worker:
             ) from None
         return ray.get(done["pairing"][0], timeout=self.timeout), done["facts"]
 
-    def _batches(self, epoch: int, pairing: dict[str, Any] | None) -> Iterator[Any]:
-        """This worker's rows of each global batch, one batch ahead of the model."""
+    def _begin_repair(self) -> None:
+        """From here on: trusted pairs only, with an optimiser and a schedule of their own."""
+        from orchestrate.repair import stage
+
+        plan = self.repair
+        assert plan is not None
+        self.rows = prepared.trusted_positions(self.table, plan.clean, self.recipe.seed)
+        self.batch, self.steps = plan.batch, len(self.rows) // plan.batch
+        self.learner.restart(plan.method, stage(self.recipe.train, plan), self.steps * plan.epochs)
+
+    def _batches(self, epoch: int, pairing: dict[str, Any]) -> Iterator[Any]:
+        """This worker's rows of each global batch, one batch ahead of the model. What is safe comes last (`ClipOutput.safe`)."""
         from orchestrate.step import Examples
 
-        size = self.recipe.train.batch // self.world
-        order = prepared.order(
-            self.table.num_rows, self.recipe.seed, epoch, None if self.pixels.images is not None else (WINDOW, STREAM_CHUNK)
-        )
-        order = order[: self.steps * self.recipe.train.batch].reshape(self.steps, self.world, size)[:, self.rank]
+        window = None if self.pixels.images is not None else (WINDOW, STREAM_CHUNK)
+        order = self.rows[prepared.order(len(self.rows), self.recipe.seed, epoch, window)][: self.steps * self.batch]
+        safe = pairing.get("safe")
+        if safe is not None:
+            order = order[np.argsort(safe[order], kind="stable")]
+        order = order.reshape(self.steps, self.world, self.batch // self.world)[:, self.rank]
         keys = prepared.epoch_keys(self.keys, epoch)
         images = (self.pixels.take(rows) for rows in order) if self.pixels.images is not None else self._stream(order)
         for rows, pixels in zip(order, _ahead(images), strict=True):
             captions, matched = list(self.captions[rows]), None
-            if pairing is not None:
+            if "index" in pairing:
                 chosen = pairing["index"][rows]
                 if pairing["matched"] == "embedding":
                     matched = pairing["features"][chosen]
                 captions = [own if i < 0 else pairing["captions"][i] for i, own in zip(chosen, captions, strict=True)]
-            yield Examples(pixels, captions, keys[rows], matched)
+            yield Examples(pixels, captions, keys[rows], matched, None if safe is None else safe[rows])
 
     def _stream(self, order: np.ndarray) -> Iterator[np.ndarray]:
         """Pixels of (steps, n) rows through Ray Data, a window of steps a task, in order."""
         data = cluster.quiet_data(in_order=True)
-        step = max(1, WINDOW // self.recipe.train.batch)
+        step = max(1, WINDOW // self.batch)
         items = [{"rows": order[i : i + step].ravel()} for i in range(0, len(order), step)]
         recipe, ref = self.recipe.as_dict(), self.inputs["train"][0]
 
@@ -488,8 +514,8 @@ class Worker:
         now = time.monotonic()
         if self.rank == 0 and now - self.noted > NOTE_S:
             self.noted = now
-            rate = len(losses) * self.recipe.train.batch / (now - started)
-            text = f"epoch {epoch}/{self.recipe.train.epochs}, loss {float(losses[-1]):.3f}, {rate:,.0f} pairs/s"
+            rate = len(losses) * self.batch / (now - started)
+            text = f"epoch {epoch}/{self.last}, loss {float(losses[-1]):.3f}, {rate:,.0f} pairs/s"
             self.rounds.report.remote({"step": self.learner.steps, "steps": self.learner.total_steps, "text": text})
 
 

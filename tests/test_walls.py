@@ -18,7 +18,7 @@ RAY = {"orchestrate/cluster.py", "orchestrate/match.py", "orchestrate/train.py",
 MLFLOW = {"orchestrate/track.py"}
 DOOR = {"models/torchvision_door.py"}
 # What `antidote --help` and `antidote ls` read.
-QUICK = ("__init__", "__main__", "recipe", "recipes", "values", "plugins", "axes", "sweeps", "cli", "cli_sweeps")
+QUICK = ("__init__", "__main__", "recipe", "recipes", "values", "plugins", "axes", "sweeps", "cli", "cli_models", "cli_sweeps")
 MAY = {
     "attacks": {"numpy", "pyarrow", "PIL"},
     "defenses": {"numpy", "torch", "ot", "scipy"},

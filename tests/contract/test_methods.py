@@ -60,6 +60,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"every": 3, "matched": "embedding", "alpha": 0.0, "beta": 0.0, "approximate": 4},
         {"every": 1, "move": 0.3},
     ],
+    "cleanclip": [{}, {"clean": 20, "epochs": 2, "batch": 4, "lr": 1e-3, "warmup": 0, "cross": 0.5, "inner": 2.0}],
 }
 ATTACKS = [(name, options) for name in plugins.BUILT_IN["attack"] for options in SETTINGS.get(name, [{}])]
 DEFENSES = [(name, options) for name in plugins.BUILT_IN["defense"] for options in SETTINGS.get(name, [{}])]
@@ -319,6 +320,20 @@ def test_augmentation_depends_on_the_keys_alone(defense):
     part = defense.augment(Batch(whole.images[order], [whole.captions[i] for i in order], KEYS[order]))
     torch.testing.assert_close(part.images, first.images[order], rtol=0, atol=1e-5)
     assert part.captions == [first.captions[i] for i in order]
+
+
+def test_a_repair_is_a_stage_with_a_method_of_its_own(defense):
+    plan = defense.repair()
+    assert (plan is not None) == (type(defense).repair is not Defense.repair)
+    if plan is None:
+        return
+    assert plan.epochs >= 1 and plan.batch >= 2 and plan.lr > 0 and plan.clean > 0
+    assert not plan.method.rounds(8)  # no actors work in that stage
+    image, text, other = (F.normalize(torch.randn(8, 12, generator=torch.Generator().manual_seed(i)), dim=1) for i in range(3))
+    image.requires_grad_()
+    loss = plan.method.loss(ClipOutput(image, text, torch.tensor(9.0), image_b=other, text_b=text), clip_loss)
+    loss.backward()
+    assert loss.isfinite() and image.grad.any()
 
 
 @pytest.mark.parametrize("robust", [False, True])

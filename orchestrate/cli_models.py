@@ -1,0 +1,74 @@
+"""The verbs on a trained model: repair, certify. As in cli.py nothing slow is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orchestrate.recipe import Recipe, from_dict, parse_overrides
+
+Verb = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]
+
+
+def add(verb: Verb) -> None:
+    repair = verb("repair", _repair, "fine-tune a poisoned checkpoint on trusted pairs, and score it before and after")
+    _checkpoint(repair)
+    repair.add_argument(
+        "--clean", default="", metavar="DATA", help="trusted pairs (default: pairs of the recipe's data that it leaves alone)"
+    )
+    repair.add_argument("--recipe", default="", help="recipe.json whose data and attack are measured (default: the run directory's)")
+    repair.add_argument("--out", default="repaired", help="folder for the model, its card and result.json (default: repaired)")
+    repair.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of defense.*, data.* and evaluate.*")
+    certify = verb("certify", _certify, "certified accuracy of a checkpoint's features against poison in the labelled set")
+    _checkpoint(certify)
+    certify.add_argument("--data", default="", help="labelled data set (default: the run directory's, else scenes)")
+    certify.add_argument("--max", type=int, default=50, help="largest number of poisoned examples (default: 50)")
+    certify.add_argument("--k", type=int, default=0, help="neighbours of kNN (default: half of an average class)")
+    certify.add_argument(
+        "--radius", type=float, default=0.0, help="of rNN, 1 - cosine (default: 5 %% of the pairs of test images are nearer)"
+    )
+    certify.add_argument("--shards", type=int, default=50, help="heads of the partitioned probe; 0 = none (default: 50)")
+    certify.add_argument("--out", default="certificate", help="folder for table and plot (default: certificate)")
+    certify.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of data.* and evaluate.*")
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a run directory, an export folder, or a state dict (.pt, .safetensors) with --model")
+    parser.add_argument("--model", default=None, help="architecture of a bare state dict")
+
+
+def _repair(args: argparse.Namespace) -> None:
+    from orchestrate import repair
+
+    checkpoint, own = repair.checkpoint_of(args.checkpoint)
+    recipe = repair.recipe_of(args.recipe or own, parse_overrides(args.overrides))
+    if not (args.clean or args.recipe or own):
+        raise ValueError("which pairs are trusted? Give --clean DATA, or --recipe with the recipe.json of the run that made the model.")
+    result = repair.repair(checkpoint, args.model, recipe, args.clean, Path(args.out))
+    for line in repair.lines(result):
+        print(line)
+    print(f"repaired on {result['trusted']}, which this assumes to be free of poison")
+    print(f"wrote {args.out}")
+
+
+def _certify(args: argparse.Namespace) -> None:
+    from orchestrate import certificates, repair
+
+    checkpoint, own = repair.checkpoint_of(args.checkpoint)
+    overrides = {**({"data": args.data} if args.data else {}), **parse_overrides(args.overrides)}
+    recipe = recipe_of(own, overrides, "certify")
+    settings = certificates.Settings(args.max, args.k, args.radius, args.shards)
+    found = certificates.certify_checkpoint(checkpoint, args.model, recipe, settings)
+    for line in certificates.lines(found):
+        print(line)
+    for file in certificates.write(found, Path(args.out)):
+        print(f"wrote {file}")
+
+
+def recipe_of(file: str, overrides: dict[str, Any], name: str) -> Recipe:
+    """The recipe of a recipe.json, or one of defaults."""
+    tree = json.loads(Path(file).read_text()) if file else {"name": name}
+    return from_dict(tree, overrides).recipe

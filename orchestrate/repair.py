@@ -1,0 +1,167 @@
+"""Repair a trained checkpoint, ours or any open_clip one, on trusted pairs (`Defense.repair`), in one process. No Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from defenses.base import Repair
+from orchestrate import prepared, rundir
+from orchestrate.data.index import Dataset, open_dataset
+from orchestrate.progress import Phase
+from orchestrate.recipe import Recipe, Train, from_dict
+
+SHOWN = ("zeroshot/", "probe/top1", "retrieval/r", "asr/")
+
+
+def checkpoint_of(path: str) -> tuple[str, str]:
+    """A run directory → (its model, its recipe.json); anything else is a checkpoint without a recipe."""
+    folder = Path(path)
+    if (folder / "recipe.json").is_file() and (folder / "model").is_dir():
+        return str(folder / "model"), str(folder / "recipe.json")
+    return path, ""
+
+
+def recipe_of(file: str, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe whose data and attack are measured, with a defence that repairs; the run's own is left out."""
+    tree = json.loads(Path(file).read_text()) if file else {"name": "repair"}
+    recipe = from_dict({key: value for key, value in tree.items() if key != "defense"}, {"defense": "cleanclip", **overrides}).recipe
+    if prepared.build_defense(recipe).repair() is None:
+        assert recipe.defense is not None
+        raise ValueError(f"defense={recipe.defense.use} does not repair a trained model: take defense=cleanclip, or one of your own.")
+    return recipe
+
+
+def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: str, out: Path) -> dict[str, Any]:
+    """Fine-tune and write `out` (an open_clip folder with its card) and out/result.json, which is returned.
+
+    clean: a data set of trusted pairs; "": `defense.clean` of the recipe's own pairs, those that its attack leaves alone. Figures before
+    and after are of the recipe's data, with the recipe's attack where it has one; without a recipe's data, of the trusted set's.
+    """
+    from models import export
+    from orchestrate.evaluate import evaluate
+
+    (built, cfg), plan = export.load(checkpoint, model), prepared.build_defense(recipe).repair()
+    assert plan is not None
+    dataset, ready, trusted = _data(recipe, clean, plan)
+    attack, e = prepared.build_attack(recipe), recipe.evaluate
+    side = cfg["vision_cfg"]["image_size"]
+    side = recipe.data.side or (side if isinstance(side, int) else side[0])
+
+    def figures(what: str) -> dict[str, Any]:
+        with Phase(f"eval {what}", unit="image") as phase:
+            return evaluate(
+                built,
+                cfg,
+                heldout=dataset.heldout,
+                classes=dataset.classes,
+                templates=dataset.templates,
+                probes=ready.probes,
+                load=prepared.loader(recipe, attack, None, None, side),
+                probe_train=prepared.probe_rows(dataset.train, e.probe_size, recipe.seed) if e.probe else None,
+                train=dataset.train,
+                batch=e.batch,
+                precision=e.precision,
+                seed=recipe.seed,
+                progress=lambda stage, done, total: phase.at(done, stage, total),
+            )
+
+    before = figures("before")
+    losses = fine_tune(built, cfg, plan, recipe, trusted, side)
+    after = figures("after")
+    assert recipe.defense is not None
+    result: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "defense": recipe.defense.use,
+        "trusted": clean or f"{trusted.num_rows:,} pairs of {recipe.data.path} that the attack leaves alone",
+        "pairs": trusted.num_rows,
+        "data": recipe.data.path if not clean or recipe.attack else clean,
+        "attack": recipe.attack.use if recipe.attack else "none",
+        "seed": recipe.seed,
+        "losses": losses,
+        "before": before,
+        "after": after,
+        "recipe": recipe.as_dict(),
+    }
+    facts = {
+        "attack": result["attack"],
+        "count": ready.manifest.count if ready.manifest else 0,
+        "rate": ready.manifest.rate if ready.manifest else 0.0,
+        "repaired by": recipe.defense.use,
+        **{key: result[key] for key in ("trusted", "pairs", "data")},
+        "before": {k: v for k, v in before.items() if k.startswith(SHOWN)},
+        "after": {k: v for k, v in after.items() if k.startswith(SHOWN)},
+    }
+    export.save(built, cfg, out, export.card(facts))
+    rundir.write_json(out / rundir.RESULT, result)
+    return result
+
+
+def _data(recipe: Recipe, clean: str, plan: Repair) -> tuple[Dataset, prepared.Prepared, Any]:
+    """What is measured on, its plan of poison, and the trusted pairs' table (as `attacks.apply` makes it)."""
+    with Phase("data") as phase:
+        config = recipe.data if not clean or recipe.attack else dataclasses.replace(recipe.data, path=clean)
+        dataset = open_dataset(config, lambda done, total: phase.at(done, total=total))
+        ready = prepared.plan(recipe, dataset)
+        if not clean:
+            return dataset, ready, prepared.trusted_rows(ready.table, plan.clean, recipe.seed)
+        given = open_dataset(dataclasses.replace(recipe.data, path=clean), lambda done, total: phase.at(done, total=total))
+    table = prepared.plan(dataclasses.replace(recipe, attack=None), given).table
+    return dataset, ready, table
+
+
+def fine_tune(model: Any, cfg: Mapping[str, Any], plan: Repair, recipe: Recipe, trusted: Any, side: int) -> list[float]:
+    """Train `model` in place on the trusted pairs, as `plan` says; the mean loss of each epoch. The model is back on the CPU at the end."""
+    import torch
+
+    from orchestrate.step import Examples, Learner
+
+    steps = trusted.num_rows // plan.batch
+    if not steps:
+        raise ValueError(f"{trusted.num_rows} trusted pairs do not fill one batch of defense.batch={plan.batch}: lower it, or give more.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    learner = Learner(
+        recipe.model,
+        stage(recipe.train, plan),
+        plan.method,
+        seed=recipe.seed,
+        total_steps=steps * plan.epochs,
+        device=device,
+        start=(model, cfg),
+    )
+    pixels = prepared.pixels_of(recipe, None, trusted, None, None, side)
+    captions = np.array(trusted.column("caption").to_pylist(), dtype=object)
+    keys, losses = prepared.sample_keys(trusted, recipe.seed), []
+    with Phase(f"repair {type(plan.method).__name__}", steps * plan.epochs, "step") as phase:
+        for epoch in range(1, plan.epochs + 1):
+            order = prepared.order(trusted.num_rows, recipe.seed, epoch)[: steps * plan.batch].reshape(steps, plan.batch)
+            fresh, total = prepared.epoch_keys(keys, epoch), 0.0
+            for rows in order:
+                examples = Examples(pixels.take(rows), list(captions[rows]), fresh[rows])
+                total += float(learner.step(examples, epoch=epoch))
+                phase.at(learner.steps, f"epoch {epoch}/{plan.epochs}, loss {total / (1 + (learner.steps - 1) % steps):.3f}")
+            losses.append(total / steps)
+            if not np.isfinite(total):
+                raise ValueError(f"the loss of epoch {epoch} is {total / steps}: lower defense.lr (now {plan.lr:g}).")
+    model.to("cpu")
+    return losses
+
+
+def stage(train: Train, plan: Repair) -> Train:
+    """The training section of the repair stage."""
+    of_batch = dataclasses.replace(train, epochs=plan.epochs, batch=plan.batch, accumulate=1)
+    return dataclasses.replace(of_batch, lr=plan.lr, warmup=plan.warmup, weight_decay=plan.weight_decay)
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """Before and after, a line a figure."""
+    told = [f"{'':<28} {'before':>8} {'after':>8}"]
+    for key, value in result["before"].items():
+        if isinstance(value, float) and key in result["after"]:
+            told.append(f"{key:<28} {value:>8.4f} {result['after'][key]:>8.4f}")
+    return told
