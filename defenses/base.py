@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -115,6 +115,17 @@ class Selector(Protocol):
         ...
 
 
+class Hardener(Protocol):
+    """Changes labelled examples so that a linear probe fitted on them does better on trusted ones."""
+
+    @property
+    def where(self) -> str: ...  # "pixels": `harden` is given the images; "features"
+    @property
+    def penalty(self) -> float: ...  # L2 of the heads compared
+
+    def harden(self, x: Tensor, y: Tensor, valid: Tensor, valid_y: Tensor, classes: int, images: Any | None) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Repair:
     """Fine-tuning of a trained model on pairs that are trusted; the rest of the setting is that of the training."""
@@ -169,6 +180,10 @@ class Defense:
 
     def repair(self) -> Repair | None:
         """Not None: fine-tune on trusted pairs after training."""
+        return None
+
+    def hardener(self) -> Hardener | None:
+        """Not None: evaluation also fits a probe on poisoned labels, with and without it."""
         return None
 
     def augment(self, batch: Batch) -> Batch:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from attacks.base import Probes, class_names, pick
 from orchestrate.encoder import Encoder
+from orchestrate.hardening import Hardening, measure
 from orchestrate.ranking import TIE, rivals
 from orchestrate.retrieved import Asked, retrieval_success
 from orchestrate.statistics import Share, cosine_zscore, logistic
@@ -252,15 +253,16 @@ def evaluate(
     precision: str = "fp32",
     seed: int = 0,
     progress: Progress | None = None,
+    hardening: Hardening | None = None,
 ) -> Metrics:
-    """`zeroshot/*`, `retrieval/*`, `probe/*` and `asr/*` of a model; what cannot be measured has no key.
+    """`zeroshot/*`, `retrieval/*`, `probe/*`, `asr/*` and `hint/*` of a model; what cannot be measured has no key.
 
     model, cfg, device, batch, precision: see `Encoder`. heldout: index (id, caption, label, …), at least one row.
     load(rows) → uint8 (n, S, S, 3), the function that makes training pixels: rows are index rows with the columns
     image_id, image_split ("heldout" or "train") and stamp ("" = clean). It runs in another thread, one batch ahead.
     classes: names, in the order of the labels unless the index names its own (`attacks.base.class_names`).
     probe_train: labelled clean rows for the linear probe; None = no probe. train: index of the probes of split "train".
-    progress(stage, done, total) in images.
+    progress(stage, done, total) in images. hardening: what a defence of the probe is measured on.
     """
     encoder = Encoder(model, cfg, device, batch, precision)
     if not heldout.num_rows:
@@ -290,13 +292,24 @@ def evaluate(
         return out  # and no class needs a name
     embedded = class_embeddings(encoder, classes, templates)
     out |= zero_shot(images.heldout, embedded, labels)
+    aimed: dict[str, tuple[Tensor, Tensor]] = {}
     for name, table in tested.items():
         if name in asked:
             continue
         shown = images.probes(name, table, stamped=True)
+        aimed[name] = _aimed(table, classes, shown)
         clean = images.probes(name, table, stamped=False) if probes.how[name] == "backdoor" else None
         out |= attack_success(name, probes.how[name], table, classes, embedded, shown, clean)
+    if hardening is not None:
+        out |= measure(hardening, encoder, load, images.heldout, labels, aimed, classes)
     return out
+
+
+def _aimed(probe: pa.Table, classes: Sequence[str], shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of the probes that count, and the adversary's class of each: those whose truth is another class."""
+    wanted, truth = probe["adversary"].to_pylist(), probe["truth"].to_pylist()
+    kept = [i for i, (aim, true) in enumerate(zip(wanted, truth, strict=True)) if aim != true]
+    return shown[kept], torch.tensor([classes.index(wanted[i]) for i in kept], dtype=torch.int64)
 
 
 def benchmark_json(metrics: Mapping[str, float], dataset: str, model: str, pretrained: str = "") -> dict[str, Any]:

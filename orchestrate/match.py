@@ -1,5 +1,7 @@
 """Matching rounds: Ray Data actors encode a pool of captions and every image, and say which caption each image learns from.
 
+A defence that selects pairs instead (`Defense.selector`) has rounds without a pool: the actors give each pair's own cosine.
+
 A Ray Data execution costs seconds to start (actors, imports), a round on a small set takes one. So a run has *one* execution for all its
 rounds: its input is the list of work items (round, which captions or images), its operator is a pool of actors, and an actor that
 reaches an item whose round has not begun waits for the weights. Ray Data restarts a killed actor and gives its item to another; items
@@ -29,7 +31,7 @@ import ray
 from defenses.base import Defense, Features, Matcher
 from orchestrate import cluster
 from orchestrate import recipe as recipes
-from orchestrate.pairing import Pool, assemble, choose, draw_pool, facts, learned, save, settled
+from orchestrate.pairing import Pool, assemble, choose, draw_pool, facts, learned, save, save_selection, selection_facts, settled
 from orchestrate.prepared import build_attack, build_defense, pixels_of
 
 CAPTIONS, IMAGES = 0, 1  # kinds of work items
@@ -67,12 +69,16 @@ class MatchActor:
         device = "cuda" if spec["gpus"] else "cpu"
         self.encoder = Encoder(model, cfg, device, batch=recipe.evaluate.batch, precision=recipe.evaluate.precision)
         self.epoch = -1
+        self.matcher: Matcher | None = None
         self.pool: Features | None = None
 
     def __call__(self, item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         epoch, kind, start, stop = (int(item[k][0]) for k in ("epoch", "kind", "start", "stop"))
         self._enter(epoch)
-        if kind == CAPTIONS:
+        if self.matcher is None:
+            shown = self.encoder.images(self.pixels.take(np.arange(start, stop)))
+            arrays = {"cosine": (shown * self.encoder.texts(self.own[start:stop])).sum(1).cpu().numpy()}
+        elif kind == CAPTIONS:
             encoded = self.encoder.text_features(self.captions[start:stop], self.matcher.tokens)
             arrays = {name: x.cpu().numpy() for name, x in encoded._asdict().items() if x is not None}
         else:
@@ -89,7 +95,7 @@ class MatchActor:
         weights, captions = ray.get(self.rounds.weights.remote(epoch))
         self.encoder.load(ray.get(weights, timeout=self.timeout))
         self.captions = ray.get(captions, timeout=self.timeout)
-        self.matcher, self.pool, self.epoch = matcher_at(self.defense, epoch), None, epoch
+        self.matcher, self.pool, self.epoch = self.defense.matcher(epoch), None, epoch
 
     def _encoded_pool(self, epoch: int) -> Any:
         [ref] = ray.get(self.rounds.encoded.remote(epoch), timeout=self.timeout)
@@ -112,6 +118,7 @@ class Rounds:
         self.parts: dict[int, dict[tuple[int, int], dict[str, np.ndarray]]] = {}
         self.done: dict[int, dict[str, Any]] = {}
         self.started: dict[int, float] = {}
+        self.safe_share: dict[int, float | None] = {}
         self.error = ""
         self.note: dict[str, Any] = {}
         self.execution: threading.Thread | None = None
@@ -126,19 +133,24 @@ class Rounds:
             if self.execution is not None:
                 return
             self.table = ray.get(self._inputs["train"][0])
-            epochs = [e for e in range(first_epoch, self.recipe.train.epochs + 1) if self.defense.matcher(e)]
-            self.pools = {e: draw_pool(self.table, matcher_at(self.defense, e).pool_size, self.recipe.seed, e) for e in epochs}
+            epochs = [e for e in self.defense.rounds(self.recipe.train.epochs) if e >= first_epoch]
+            self.pools = {e: self._pool(e) for e in epochs}
             self.execution = threading.Thread(target=self._guarded, args=(epochs, me), daemon=True)
             self.execution.start()
 
-    def publish(self, epoch: int, weights: dict[str, Any]) -> None:
-        """Weights for a round, by value: put by this actor, they outlive the worker that sent them.
+    def _pool(self, epoch: int) -> Pool:
+        matcher = self.defense.matcher(epoch)
+        assert matcher is None or self.defense.selector(epoch) is None, f"epoch {epoch} is matched and selected"
+        return Pool([], []) if matcher is None else draw_pool(self.table, matcher.pool_size, self.recipe.seed, epoch)
+
+    def publish(self, epoch: int, weights: dict[str, Any], safe_share: float | None = None) -> None:
+        """Weights for a round, by value: put by this actor, they outlive the worker that sent them. `safe_share`: `Selection.share` so far.
 
         A worker that repeats an epoch repeats its weights, so the first stand.
         """
         with self.change:
             if epoch not in self.states:
-                self.started[epoch] = time.monotonic()
+                self.started[epoch], self.safe_share[epoch] = time.monotonic(), safe_share
                 self.states[epoch] = [ray.put(weights), ray.put(self.pools[epoch].captions)]
                 self.change.notify_all()
 
@@ -149,7 +161,7 @@ class Rounds:
         return self._wait(lambda: self.encodings.get(epoch))
 
     def pairing(self, epoch: int) -> dict[str, Any]:
-        """{"pairing": [reference], "facts": {…}} once the round is done."""
+        """{"pairing": [reference], "facts": {…}} once the round is done; of a selection, the pairing holds `safe` (N,) and `share`."""
         return self._wait(lambda: self.done.get(epoch))
 
     def report(self, note: dict[str, Any]) -> None:
@@ -223,21 +235,32 @@ class Rounds:
         else:
             self._finish(epoch, whole)
 
-    def _finish(self, epoch: int, match: dict[str, np.ndarray]) -> None:
+    def _finish(self, epoch: int, found: dict[str, np.ndarray]) -> None:
+        pairing, told = self._selected(epoch, found["cosine"]) if "cosine" in found else self._paired(epoch, found)
+        with self.change:
+            told |= {"epoch": epoch, "seconds": time.monotonic() - self.started[epoch]}
+            self.done[epoch] = {"pairing": [ray.put(pairing)], "facts": told}
+            for old in sorted(self.done)[:-KEPT]:  # a worker may start again one epoch back, not more
+                for held in (self.done, self.states, self.encodings, self.parts):
+                    held.pop(old, None)
+            self.change.notify_all()
+
+    def _selected(self, epoch: int, cosine: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
+        selector = self.defense.selector(epoch)
+        assert selector is not None
+        selection = selector.split(cosine, self.safe_share[epoch])
+        save_selection(self.run_dir / "rounds", epoch, self.table, cosine, selection)
+        told = selection_facts(self.table, cosine, selection)
+        return {"safe": selection.safe, "share": selection.share}, {"kind": "select", **told}
+
+    def _paired(self, epoch: int, match: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
         pool, matcher = self.pools[epoch], matcher_at(self.defense, epoch)
         match = settled(match, matcher.move)
         save(self.run_dir / "rounds", epoch, self.table, pool, match)
         pairing: dict[str, Any] = {"index": learned(match)[0], "captions": pool.captions, "matched": matcher.matched}
         if matcher.matched == "embedding":
             pairing["features"] = ray.get(self.encodings[epoch][0])["pooled"]
-        told = facts(self.table, pool, match, matcher.name)
-        with self.change:
-            told |= {"kind": "match", "epoch": epoch, "seconds": time.monotonic() - self.started[epoch]}
-            self.done[epoch] = {"pairing": [ray.put(pairing)], "facts": told}
-            for old in sorted(self.done)[:-KEPT]:  # a worker may start again one epoch back, not more
-                for held in (self.done, self.states, self.encodings, self.parts):
-                    held.pop(old, None)
-            self.change.notify_all()
+        return pairing, {"kind": "match", **facts(self.table, pool, match, matcher.name)}
 
 
 def matcher_at(defense: Defense, epoch: int) -> Matcher:

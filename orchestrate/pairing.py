@@ -15,7 +15,7 @@ from attacks.base import class_names, how_many, pick
 from orchestrate.data.nouns import SYNONYMS, mentions
 
 if TYPE_CHECKING:  # the report asks here which classes a caption names, and does without torch
-    from defenses.base import Features, Matcher
+    from defenses.base import Features, Matcher, Selection
 
 BESIDE = "beside/"  # before the name of a matcher that was tried for comparison
 
@@ -89,6 +89,32 @@ def save(folder: Path, epoch: int, table: pa.Table, pool: Pool, match: Mapping[s
     )
     pq.write_table(pairs, folder / f"e{epoch:03d}.parquet", compression="zstd")
     pq.write_table(pa.table({"id": pool.ids, "caption": pool.captions}), folder / f"e{epoch:03d}-pool.parquet", compression="zstd")
+
+
+def save_selection(folder: Path, epoch: int, table: pa.Table, cosine: np.ndarray, selection: Selection) -> None:
+    """`e007-safe.parquet`, a row for each pair: id, cosine, posterior (of agreeing), safe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = {"id": table.column("id"), "cosine": cosine, "posterior": selection.posterior, "safe": selection.safe}
+    pq.write_table(pa.table(columns), folder / f"e{epoch:03d}-safe.parquet", compression="zstd")
+
+
+def selection_facts(table: pa.Table, cosine: np.ndarray, selection: Selection) -> dict[str, Any]:
+    """What a selection did: `pairs`, `poisoned` and `safe` are counts, the rest shares and cosines.
+
+    share          safe pairs, of all
+    poison_in_safe poisoned pairs, of the safe ones
+    poisoned_safe  safe pairs, of the poisoned ones
+    """
+    poison, safe = table.column("poison").to_numpy(zero_copy_only=False), selection.safe
+    told: dict[str, Any] = {"pairs": len(safe), "poisoned": int(poison.sum()), "safe": int(safe.sum()), "share": selection.share}
+    told |= {
+        "poison_in_safe": float(poison[safe].mean()),
+        "threshold": float(cosine[safe].min()),
+        "cosine/clean": float(cosine[~poison].mean()),
+    }
+    if poison.any():
+        told |= {"poisoned_safe": float(safe[poison].mean()), "cosine/poisoned": float(cosine[poison].mean())}
+    return told
 
 
 def named_classes(captions: Sequence[str], classes: Sequence[str]) -> list[frozenset[int]]:

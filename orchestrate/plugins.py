@@ -32,7 +32,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "augmented": "defenses.augmented:Augmented",
         "roclip": "defenses.roclip:RoCLIP",
         "otcclip": "defenses.otcclip:OTCCLIP",
+        "safeclip": "defenses.safeclip:SafeCLIP",
         "cleanclip": "defenses.cleanclip:CleanCLIP",
+        "hint": "defenses.hint:HINT",
     },
 }
 

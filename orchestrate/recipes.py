@@ -76,7 +76,9 @@ METHODS: dict[str, Part] = {
     "augmented": Part("RoCLIP's augmentations without its matching: the fair baseline", {"defense": "augmented"}),
     "roclip": Part("RoCLIP: nearest caption of a random pool, every second epoch", {"defense": "roclip"}),
     "otcclip": Part("OTCCLIP: the same by optimal transport between patches and words, which the loss aligns too", {"defense": "otcclip"}),
+    "safeclip": Part("SafeCLIP: captions teach only the pairs that agree, a few more each epoch", {"defense": "safeclip"}),
     "cleanclip": Part("CleanCLIP: no defence, then a repair on trusted pairs", {"defense": "cleanclip"}),
+    "hint": Part("HINT: no defence of the encoder; its linear probe, poisoned, with healthy noise and without", {"defense": "hint"}),
 }
 
 ATTACKS: dict[str, Part] = {

@@ -29,6 +29,7 @@ TABLES = ("manifest.parquet", "quarantine.parquet", "rounds", "plans.parquet")
 ARTIFACTS = ("recipe.json", "data.json", *TABLES, "model", RESULT, "report.html")
 TOLD = ("kind", "epoch", "step", "time", "seconds")  # of an evaluation's record, about the record
 MATCHED = ("poisoned_kept", "clean_kept", "moved")  # of the last matching round, in result.json
+SELECTED = ("share", "poison_in_safe", "poisoned_safe")  # of the last selection
 ROUND = {"epoch": pa.int32(), "caption": pa.string(), "similarity": pa.float32(), "nearest": pa.string(), "stays": pa.bool_()}
 PACKAGES = ("torch", "open_clip_torch", "ray", "mlflow", "pyarrow", "numpy")
 
@@ -110,7 +111,10 @@ def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] 
     rounds = [r for r in records if r["kind"] == "match"]
     shares = {k: v for k, v in (rounds[-1] if rounds else {}).items() if k in MATCHED or k.startswith("quality/")}
     result |= {f"match/{name}": share for name, share in shares.items()}
-    result |= {f"seconds/{kind}": sum(r["seconds"] for r in records if r["kind"] == kind) for kind in ("train", "match", "eval")}
+    selections = [r for r in records if r["kind"] == "select"]
+    result |= {f"select/{k}": v for k, v in (selections[-1] if selections else {}).items() if k in SELECTED}
+    for kind, kinds in (("train", ("train",)), ("match", ("match", "select")), ("eval", ("eval",))):
+        result[f"seconds/{kind}"] = sum(r["seconds"] for r in records if r["kind"] in kinds)
     result["seconds/data"] = data_seconds
     result |= {f"versions/{name}": _version(name) for name in PACKAGES} | {"versions/python": platform.python_version()}
     complete_gallery(folder)

@@ -14,6 +14,7 @@ def score(checkpoint: str, model: str | None, recipe: Recipe) -> tuple[dict[str,
     """(flat metrics, CLIP_benchmark's record) of a checkpoint on `recipe.data`, with the recipe's attack as probes where it has one."""
     from models import export
     from orchestrate.evaluate import benchmark_json, evaluate
+    from orchestrate.hardening import hardening
 
     built, cfg = export.load(checkpoint, model)
     with Phase("data") as phase:
@@ -37,5 +38,6 @@ def score(checkpoint: str, model: str | None, recipe: Recipe) -> tuple[dict[str,
             precision=e.precision,
             seed=recipe.seed,
             progress=lambda stage, done, total: phase.at(done, stage, total),
+            hardening=hardening(prepared.build_defense(recipe).hardener(), ready.table, e.probe_size, recipe.seed) if e.probe else None,
         )
     return metrics, benchmark_json(metrics, dataset.name, cfg.get("name", model or checkpoint), checkpoint)

@@ -490,6 +490,7 @@ class Worker:
 
     def _evaluate(self, last: bool) -> dict[str, Any]:
         from orchestrate.evaluate import evaluate
+        from orchestrate.hardening import hardening
 
         started, e = time.monotonic(), self.recipe.evaluate
         told = ray.get(self.inputs["evaluation"][0], timeout=self.timeout)
@@ -507,6 +508,7 @@ class Worker:
             batch=e.batch,
             precision=e.precision,
             seed=self.recipe.seed,
+            hardening=hardening(self.defense.hardener(), self.table, e.probe_size, self.recipe.seed) if e.probe and last else None,
         )
         return {**metrics, "seconds": time.monotonic() - started}
 

@@ -22,6 +22,7 @@ from attacks.apply import apply
 from attacks.base import MANIFEST_SCHEMA, PROBE_SCHEMA, Manifest
 from attacks.combine import Several, rebuild
 from defenses.base import Batch, ClipOutput, Defense, Features, clip_loss
+from defenses.hint import Images
 from orchestrate import plugins
 from orchestrate.recipe import from_dict, resolve
 
@@ -60,6 +61,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"every": 3, "matched": "embedding", "alpha": 0.0, "beta": 0.0, "approximate": 4},
         {"every": 1, "move": 0.3},
     ],
+    "safeclip": [{}, {"warmup": 1, "slow": 0.1, "pool_size": 8, "posterior": 0.5, "growth": 0.05, "most": 0.5}],
+    "hint": [{}, {"where": "features", "steps": 2, "step": 0.5, "feature_bound": 0.1, "share": 1.0, "damping": 0.0, "penalty": 0.1}],
     "cleanclip": [{}, {"clean": 20, "epochs": 2, "batch": 4, "lr": 1e-3, "warmup": 0, "cross": 0.5, "inner": 2.0}],
 }
 ATTACKS = [(name, options) for name in plugins.BUILT_IN["attack"] for options in SETTINGS.get(name, [{}])]
@@ -286,9 +289,26 @@ def test_a_matcher_says_what_the_actors_must_know_and_matches(defense, epoch):
 
 
 def test_a_defence_with_a_matcher_uses_it_within_eight_epochs(defense):
-    """So that the test above has something to test, and a plain defence is one that says so in its class."""
-    robust = [epoch for epoch in EPOCHS if defense.matcher(epoch)]
-    assert bool(robust) == (type(defense).matcher is not Defense.matcher)
+    """So that the test above has something to test, and a plain defence is one that says so in its class. The same of a selector."""
+    for name in ("matcher", "selector"):
+        used = [epoch for epoch in EPOCHS if getattr(defense, name)(epoch)]
+        assert bool(used) == (getattr(type(defense), name) is not getattr(Defense, name))
+
+
+@pytest.mark.parametrize("epoch", EPOCHS)
+def test_a_selector_splits_the_pairs_and_says_what_it_kept(defense, epoch):
+    selector = defense.selector(epoch)
+    assert selector == defense.selector(epoch) and not (selector and defense.matcher(epoch))
+    assert (epoch in defense.rounds(8)) == bool(selector or defense.matcher(epoch))
+    if selector is None:
+        return
+    assert dataclasses.is_dataclass(selector) and selector.__dataclass_params__.frozen
+    cosine = np.random.default_rng(epoch).normal(0.3, 0.1, 50).astype(np.float32)
+    for before in (None, 0.3):
+        found = selector.split(cosine, before)
+        assert found.safe.shape == found.posterior.shape == (50,) and found.safe.dtype == bool
+        assert found.share == found.safe.mean() and 0 < found.safe.sum() < 50
+        assert cosine[found.safe].min() >= cosine[~found.safe].max()
 
 
 def batch(keys: np.ndarray, side: int = 24) -> Batch:
@@ -336,15 +356,34 @@ def test_a_repair_is_a_stage_with_a_method_of_its_own(defense):
     assert loss.isfinite() and image.grad.any()
 
 
+def test_a_hardener_changes_examples_and_keeps_their_shape(defense):
+    hardener = defense.hardener()
+    assert (hardener is not None) == (type(defense).hardener is not Defense.hardener)
+    if hardener is None:
+        return
+    draw = torch.Generator().manual_seed(0)
+    pixels, way = torch.rand(20, 3, 4, 4, generator=draw), torch.randn(48, 5, generator=draw)
+    features = lambda some: F.normalize(some.flatten(1) @ way, dim=1)
+    x, y = features(pixels), torch.arange(20) % 3
+    assert hardener.where in ("pixels", "features")
+    images = Images(pixels, features) if hardener.where == "pixels" else None
+    changed = hardener.harden(x, y, x[:6].clone(), y[:6], 3, images)
+    assert changed.shape == x.shape and changed.isfinite().all() and not torch.allclose(changed.float(), x)
+    assert torch.equal(x, features(pixels))
+
+
 @pytest.mark.parametrize("robust", [False, True])
 def test_the_loss_is_a_finite_number_with_a_gradient(defense, robust):
     draw = torch.Generator().manual_seed(0)
     image, text = (torch.randn(8, 12, generator=draw, requires_grad=True) for _ in range(2))
     scale = torch.tensor(14.0, requires_grad=True)
     more: dict[str, Any] = {}
+    if defense.view_count == 2:
+        other = torch.randn(8, 12, generator=draw)
+        more = {"image_b": F.normalize(image + other, dim=1), "text_b": F.normalize(text + other, dim=1)}
     if defense.needs_tokens:
         tokens = features(8, 3, True), features(8, 4, True)
-        more = {"image_tokens": tokens[0].tokens, "text_tokens": tokens[1].tokens, "text_mask": tokens[1].mask}
+        more |= {"image_tokens": tokens[0].tokens, "text_tokens": tokens[1].tokens, "text_mask": tokens[1].mask}
         if defense.view_count == 2:
             other = features(8, 3, True), features(8, 5, True)
             more |= {"image_tokens_b": other[0].tokens, "text_tokens_b": other[1].tokens, "text_mask_b": other[1].mask}

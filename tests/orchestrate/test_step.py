@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from defenses.augmented import Augmented
 from defenses.base import ClipOutput, Defense, LossFn, clip_loss
 from defenses.roclip import RoCLIP
+from defenses.safeclip import SafeCLIP
 from models import clip, encode
 from orchestrate import step
 from orchestrate.recipe import Model, Train
@@ -77,6 +78,7 @@ class Case:
     matched: bool = False  # the second step learns from given features
     robust: bool = False
     size: int = SIDE  # of the pictures
+    selected: bool = False  # the last step knows which pairs are safe, and every step the latest pairs
 
 
 CASES = {
@@ -89,11 +91,13 @@ CASES = {
     "a robust step on stored features in micro-batches": Case(
         "tiny-vit", RoCLIP(image_augment=False), dataclasses.replace(SMOOTH, accumulate=2), matched=True, robust=True
     ),
+    "two views, neighbours among the latest pairs, and half of the pairs safe": Case("tiny-vit", SafeCLIP(warmup=1), selected=True),
+    "the same in micro-batches": Case("tiny-vit", SafeCLIP(warmup=1), dataclasses.replace(SMOOTH, accumulate=2), selected=True),
     "a loss on tokens in micro-batches": Case("tiny-vit", TokenLoss(), dataclasses.replace(SMOOTH, accumulate=4)),
 }
 
 
-def examples(number: int, size: int = SIDE, matched: bool = False) -> Examples:
+def examples(number: int, size: int = SIDE, matched: bool = False, selected: bool = False) -> Examples:
     """Batch `number`, whole."""
     rng = np.random.default_rng(number)
     features = rng.normal(size=(BATCH, WIDTH)).astype(np.float32)
@@ -102,6 +106,7 @@ def examples(number: int, size: int = SIDE, matched: bool = False) -> Examples:
         [WORDS[(i + number) % len(WORDS)] for i in range(BATCH)],
         rng.integers(0, 2**63, BATCH).astype(np.uint64),
         features / np.linalg.norm(features, axis=1, keepdims=True) if matched else None,
+        np.arange(BATCH) % 2 == 0 if selected else None,
     )
 
 
@@ -110,7 +115,15 @@ def share(whole: Examples, rank: int, world: int) -> Examples:
 
 
 def learner(case: Case, seed: int = 0) -> Learner:
-    return Learner(Model(case.model, image_size=SIDE), case.train, case.defense, seed=seed, total_steps=10, unused=case.matched)
+    return Learner(
+        Model(case.model, image_size=SIDE),
+        case.train,
+        case.defense,
+        seed=seed,
+        total_steps=10,
+        unused=case.matched,
+        queue=5 if case.selected else 0,
+    )
 
 
 def smooth(one: Learner) -> Learner:
@@ -127,8 +140,9 @@ def trained(case: Case, rank: int = 0, world: int = 1) -> dict[str, Any]:
     one, losses = smooth(learner(case)), []
     for number in range(STEPS):
         last = number == STEPS - 1
-        batch = examples(number, case.size, case.matched and last)
-        losses.append(one.step(share(batch, rank, world), robust=case.robust and last))
+        batch = examples(number, case.size, case.matched and last, case.selected and last)
+        losses.append(one.step(share(batch, rank, world), robust=case.robust and last, epoch=3 if last else 1))
+    assert len(one.queue[0]) == (5 if case.selected else 0)
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in one.model.named_parameters()}
     return {"losses": torch.stack(losses), "gradients": gradients, "state": dict(one.model.state_dict())}
 
