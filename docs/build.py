@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from orchestrate import cli, plugins, recipes  # noqa: E402
+from orchestrate import cli, plugins, recipes, scaffold  # noqa: E402
 from orchestrate.recipe import SECTIONS  # noqa: E402
 from orchestrate.report_text import Result, doubts, headline, markdown_table  # noqa: E402
 
@@ -236,6 +236,14 @@ def block_keys() -> list[str]:
         ]
         lines += [*table(["key", "type", "default", "meaning"], rows), ""]
     return lines[:-1]
+
+
+def block_example() -> list[str]:
+    return ["```python", *scaffold.source("defense", "keep_top")[1].rstrip().splitlines(), "```"]
+
+
+def block_attack() -> list[str]:
+    return ["```python", *scaffold.source("attack", "frame")[1].rstrip().splitlines(), "```"]
 
 
 def block_columns() -> list[str]:

@@ -1,4 +1,4 @@
-"""The verbs on a trained model: repair, certify. As in cli.py nothing slow is imported before a verb needs it."""
+"""The verbs on a trained model, repair and certify, and for a method of one's own, new. As in cli.py what is slow is imported late."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ def add(verb: Verb) -> None:
     certify.add_argument("--shards", type=int, default=50, help="heads of the partitioned probe; 0 = none (default: 50)")
     certify.add_argument("--out", default="certificate", help="folder for table and plot (default: certificate)")
     certify.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of data.* and evaluate.*")
+    new = verb("new", _new, "write a working attack or defence of your own into a file, to be changed")
+    new.add_argument("kind", choices=["attack", "defense"])
+    new.add_argument("name", metavar="NAME", help="such as keep_top: the file keep_top.py with the class KeepTop")
 
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +69,13 @@ def _certify(args: argparse.Namespace) -> None:
         print(line)
     for file in certificates.write(found, Path(args.out)):
         print(f"wrote {file}")
+
+
+def _new(args: argparse.Namespace) -> None:
+    from orchestrate import scaffold
+
+    file, command = scaffold.write(args.kind, args.name, Path())
+    print(f"wrote {file}\ntry it: {command}")
 
 
 def recipe_of(file: str, overrides: dict[str, Any], name: str) -> Recipe:

@@ -60,7 +60,7 @@ class MatchActor:
 
         torch.set_num_threads(spec["threads"])
         self.rounds, self.timeout = rounds, spec["timeout_s"]
-        recipe = recipes.from_dict(spec["recipe"]).recipe
+        recipe = recipes.unpacked(spec["recipe"])
         self.defense = build_defense(recipe)
         inputs = ray.get(rounds.inputs.remote(), timeout=self.timeout)
         self.pixels = pixels_of(recipe, build_attack(recipe), *ray.get(inputs["train"], timeout=self.timeout))
@@ -109,7 +109,7 @@ class Rounds:
     """
 
     def __init__(self, recipe: dict[str, Any], run_dir: str, inputs: dict[str, Any]) -> None:
-        self.recipe, self.run_dir, self._inputs = recipes.from_dict(recipe).recipe, Path(run_dir), inputs
+        self.recipe, self.run_dir, self._inputs = recipes.unpacked(recipe), Path(run_dir), inputs
         self.defense = build_defense(self.recipe)
         self.change = threading.Condition()
         self.pools: dict[int, Pool] = {}
@@ -197,7 +197,7 @@ class Rounds:
         c, data = self.recipe.cluster, cluster.quiet_data(in_order=True)
         self.items = work_items(epochs, {e: len(p.ids) for e, p in self.pools.items()}, self.table.num_rows, c.match_batch, c.match_actors)
         spec = {
-            "recipe": self.recipe.as_dict(),
+            "recipe": recipes.packed(self.recipe),
             "timeout_s": c.timeout_s,
             "gpus": c.match_gpus,
             "threads": max(1, (os.cpu_count() or 1) // c.match_actors),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import sys
+import types
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
@@ -40,6 +41,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
 
 
 FROM_FILE = "antidote_plugin_"  # how the modules of ./file.py:Class are called
+_SHIPPED: dict[str, str] = {}  # whole path → text of files that another machine sent: they go before what lies here under that path
 
 
 def names(kind: str) -> list[str]:
@@ -61,6 +63,21 @@ def absolute(name: str) -> str:
 def source(name: str, cls: type) -> str:
     """What the method is, for an identity: its name, or for a file's class a hash of the file's content."""
     return f"{cls.__module__}:{cls.__name__}" if cls.__module__.startswith(FROM_FILE) else name
+
+
+def texts(uses: Iterable[str]) -> dict[str, str]:
+    """Whole path → text of each file among these names, for machines that do not have it. One file each: what it imports must be there."""
+    files = [Path(absolute(use).rpartition(":")[0]) for use in uses if ".py:" in use]
+    return {str(file): _text(file) for file in files}
+
+
+def receive(files: Mapping[str, str]) -> None:
+    """Use these texts for these paths from here on, in this process."""
+    _SHIPPED.update(files)
+
+
+def _text(path: Path) -> str:
+    return _SHIPPED.get(str(path)) or path.read_text(encoding="utf-8")
 
 
 def load(kind: str, name: str) -> type:
@@ -93,17 +110,17 @@ def _from_module(target: str) -> type:
 def _from_file(name: str) -> type:
     file, _, attribute = name.rpartition(":")
     path = Path(file).expanduser().resolve()
-    if not path.is_file():
+    if str(path) not in _SHIPPED and not path.is_file():
         raise ValueError(f"no file {path} (from {name!r}).")
+    text = _text(path)
     # The module's name is derived from its content, so that two users' `mine.py` never stand for one another.
-    module_name = f"{FROM_FILE}{hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()}"
+    module_name = f"{FROM_FILE}{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
     if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
+        module = types.ModuleType(module_name)
+        module.__file__ = str(path)
         sys.modules[module_name] = module
         try:
-            spec.loader.exec_module(module)
+            exec(compile(text, str(path), "exec"), module.__dict__)
         except Exception as error:
             del sys.modules[module_name]
             raise ValueError(f"cannot load {path}: {type(error).__name__}: {error}.") from error

@@ -241,6 +241,18 @@ def from_dict(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = Non
     return resolve(str(tree.get("name", "run")), [("recipe.json", flat), ("command line", overrides or {})])
 
 
+def packed(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain values for another process, with the text of its methods' files, which that machine may not have."""
+    used = [getattr(recipe, method) for method in METHODS if getattr(recipe, method) is not None]
+    return {"recipe": recipe.as_dict(), "files": plugins.texts(use for plugin in used for use in _split(plugin.use))}
+
+
+def unpacked(tree: Mapping[str, Any]) -> Recipe:
+    """The recipe that `packed` took apart."""
+    plugins.receive(tree["files"])
+    return from_dict(tree["recipe"]).recipe
+
+
 def field_at(key: str, attack: str | None, defense: str | None) -> tuple[str, Any]:
     """A key as typed → (its whole dotted path, its field's type) in a recipe with these methods. ValueError: unknown, with a suggestion."""
     methods = {m: _parts(m, _use(use)) for m, use in (("attack", attack), ("defense", defense))}

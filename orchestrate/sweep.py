@@ -214,7 +214,7 @@ class _Sweep:
             cluster=replace(c, runs=str(self.folder.parent), threads=c.threads or self.threads),
             track=replace(t, uri=self.uri, experiment=self.experiment),
         )
-        return {"identity": recipe.identity, "recipe": json.dumps(recipe.as_dict())}
+        return {"identity": recipe.identity, "recipe": json.dumps(recipes.packed(recipe))}
 
     def began(self, identity: str) -> None:
         trial = self.open[identity]
@@ -300,7 +300,7 @@ class _Ledger(tune.Callback):
 def run_trial(config: dict[str, str], spec: dict[str, Any]) -> None:
     """One run, from whatever is there to its result. What `fit` refuses is an outcome; anything else Tune tries again."""
     os.chdir(spec["cwd"])  # a recipe's relative paths mean the user's directory
-    recipe = recipes.from_dict(json.loads(config["recipe"])).recipe
+    recipe = recipes.unpacked(json.loads(config["recipe"]))
     train.lend(spec["sets"], spec["plans"])
     end = {"epoch": recipe.train.epochs}
     try:
@@ -361,7 +361,7 @@ def _early(recipe: Recipe, metric: str) -> Iterator[None]:
 
 def _needs(recipe: Recipe) -> tuple[recipes.Cluster, bool, bool]:
     defense = prepared.build_defense(recipe)
-    matching = any(defense.matcher(e) for e in range(1, recipe.train.epochs + 1))
+    matching = bool(defense.rounds(recipe.train.epochs))
     return recipe.cluster, matching, recipe.data.stream == "always"
 
 

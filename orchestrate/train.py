@@ -228,11 +228,11 @@ def _train(recipe: Recipe, folder: Path, tracker: Tracker, inputs: dict[str, Any
     rounds: Any = (
         ray.remote(Rounds)
         .options(name=name, num_cpus=0, max_concurrency=64 + 2 * c.match_actors + 2 * c.workers, scheduling_strategy=here)
-        .remote(recipe.as_dict(), str(folder), inputs)
+        .remote(recipes.packed(recipe), str(folder), inputs)
     )
     trainer = ray.train.torch.TorchTrainer(
         work,
-        train_loop_config={"recipe": recipe.as_dict(), "rounds": name},
+        train_loop_config={"recipe": recipes.packed(recipe), "rounds": name},
         scaling_config=ray.train.ScalingConfig(
             num_workers=c.workers,
             use_gpu=c.gpus > 0,
@@ -320,7 +320,7 @@ class _watched:
 
 def work(config: dict[str, Any]) -> None:
     """One training worker, from restoring to the last report."""
-    worker = Worker(recipes.from_dict(config["recipe"]).recipe, ray.get_actor(config["rounds"]))
+    worker = Worker(recipes.unpacked(config["recipe"]), ray.get_actor(config["rounds"]))
     if worker.rank == 0:
         ray.get(worker.rounds.begin.remote(worker.first, worker.rounds), timeout=worker.timeout)
     worker.report_again()
@@ -471,10 +471,10 @@ class Worker:
         data = cluster.quiet_data(in_order=True)
         step = max(1, WINDOW // self.batch)
         items = [{"rows": order[i : i + step].ravel()} for i in range(0, len(order), step)]
-        recipe, ref = self.recipe.as_dict(), self.inputs["train"][0]
+        recipe, ref = recipes.packed(self.recipe), self.inputs["train"][0]
 
         def decode(item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            known = recipes.from_dict(recipe).recipe
+            known = recipes.unpacked(recipe)
             pixels = prepared.pixels_of(known, prepared.build_attack(known), ray.get(ref), None, None)
             return {"image": pixels.take(np.asarray(item["rows"][0]))}
 

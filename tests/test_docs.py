@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README, USAGE, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/usage.md", "CONTRIBUTING.md"))
 RUNNABLE = re.findall(r"<!-- run -->\n```sh\n(.*?)```", README, re.DOTALL)
-[EXAMPLE] = re.findall(r"<!-- file: mine.py -->\n```python\n(.*?)```", GUIDE, re.DOTALL)
+EXAMPLE, FRAME = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,9 @@ def build() -> ModuleType:
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of a user's own, with CONTRIBUTING's example in it."""
-    (tmp_path / "mine.py").write_text(EXAMPLE)
+    """A folder of a user's own, with CONTRIBUTING's examples in it."""
+    (tmp_path / "keep_top.py").write_text(EXAMPLE)
+    (tmp_path / "frame.py").write_text(FRAME)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -174,20 +175,22 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_example_defence_works_from_a_file(mine: Path) -> None:
-    [one] = recipes.get("clip-targeted-smoke", {"defense": "./mine.py:KeepTop", "defense.share": "0.5"})
+    [one] = recipes.get("clip-targeted-smoke", {"defense": "./keep_top.py:KeepTop", "defense.share": "0.5"})
     assert one.recipe.defense is not None
     [(name, keep_top)] = one.recipe.defense.parts
     assert name == "KeepTop" and keep_top.share == 0.5
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(8, 4), dim=1) for _ in range(2))
     text[:4] = image[:4]  # the first four pairs agree best
-    whole = ClipOutput(image.requires_grad_(), text, torch.tensor(1.0))
+    whole = ClipOutput(image.requires_grad_(), text, torch.tensor(1.0), epoch=2)
+    young = ClipOutput(image, text, torch.tensor(1.0), epoch=1)
+    assert keep_top.loss(young, clip_loss) == clip_loss(young)
     best = ClipOutput(image[:4], text[:4], torch.tensor(1.0))
     assert keep_top.loss(whole, clip_loss).item() == pytest.approx(clip_loss(best).item(), rel=1e-5)
     keep_top.loss(whole, clip_loss).backward()
     assert image.grad is not None and not image.grad[4:].any() and image.grad[:4].any()
     with pytest.raises(ValueError, match="share"):
-        recipes.get("clip", {"defense": "./mine.py:KeepTop", "defense.share": "2"})
+        recipes.get("clip", {"defense": "./keep_top.py:KeepTop", "defense.share": "2"})
 
 
 def test_every_metric_is_defined() -> None:
