@@ -25,15 +25,17 @@ class SafeCLIP(Augmented):
     Assumes: after a short training, mostly of each side by itself, poisoned pairs agree less than most clean ones. No clean data is
         needed.
     Cost: two augmented views of every batch in all epochs, so about twice the training time; one forward pass over all pairs before
-        each epoch after the first warmup + 1.
+        each epoch after the first warmup + bridge.
     Parameters (and those of `Augmented`, for both views):
         warmup: first epochs, in which captions teach images nothing: each side learns from neighbours of its own kind (paper 5).
-        slow: the learning rate of the one CLIP epoch after them, times the schedule's (paper .01, as a constant rate).
+        bridge: CLIP epochs on all pairs after them, at a low rate (paper 1; small sets need more, their epochs are a few dozen steps).
+        slow: the learning rate of these epochs, times the schedule's (paper .01, as a constant rate).
         pool_size: latest pairs among which neighbours are looked for, a count or a share (paper about .02).
         posterior: pairs whose posterior of agreeing is at least this form the first safe set (paper .9).
+        least: smallest share of all pairs that is safe, where no posterior is that high: the two groups overlap then (ours .05).
         growth: share of all pairs by which the safe set grows each epoch (paper .01; at .05 the authors' attack succeeds again).
         most: largest share of all pairs that is safe (paper .85).
-    Limits: honest pairs that agree badly teach their captions late or never. If an attack is learnt in the slow epoch already, its
+    Limits: honest pairs that agree badly teach their captions late or never. If an attack is learnt in the bridge already, its
         pairs are the ones that agree best: raise warmup, or lower slow. Differs from the released code: pairs of equal neighbours
         are no negatives of each other; a pair that agrees better never has the smaller posterior, whatever the two variances; ranks
         are by cosine; the safe share is in the checkpoint, and the latest pairs' features too; the epoch takes the risky pairs
@@ -41,16 +43,19 @@ class SafeCLIP(Augmented):
     """
 
     warmup: int = 5
+    bridge: int = 1
     slow: float = 0.01
     pool_size: int | float = 0.02
     posterior: float = 0.9
+    least: float = 0.05
     growth: float = 0.01
     most: float = 0.85
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.warmup < 1:
-            raise ValueError(f"warmup={self.warmup}: give 1 epoch or more")
+        for name in ("warmup", "bridge"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give 1 epoch or more")
         if self.slow <= 0:
             raise ValueError(f"slow={self.slow}: give a factor of the learning rate above 0")
         share = isinstance(self.pool_size, float)
@@ -59,6 +64,8 @@ class SafeCLIP(Augmented):
         for name in ("posterior", "most"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a share above 0 and up to 1")
+        if not 0 <= self.least <= self.most:
+            raise ValueError(f"least={self.least}: give a share from 0 to most={self.most}")
         if not 0 <= self.growth <= 1:
             raise ValueError(f"growth={self.growth}: give a share from 0 to 1")
 
@@ -71,10 +78,10 @@ class SafeCLIP(Augmented):
         return self.pool_size
 
     def lr_factor(self, epoch: int) -> float:
-        return self.slow if epoch == self.warmup + 1 else 1.0
+        return self.slow if self.warmup < epoch <= self.warmup + self.bridge else 1.0
 
     def selector(self, epoch: int) -> Selector | None:
-        return MixtureSelector(self.posterior, self.growth, self.most) if epoch > self.warmup + 1 else None
+        return MixtureSelector(self.posterior, self.growth, self.most, self.least) if epoch > self.warmup + self.bridge else None
 
     def loss(self, out: ClipOutput, base: LossFn) -> Tensor:
         if out.epoch <= self.warmup:
@@ -130,13 +137,14 @@ class MixtureSelector:
     posterior: float
     growth: float
     most: float
+    least: float
 
     def split(self, cosine: np.ndarray, before: float | None) -> Selection:
-        """cosine (N,); among equal cosines the earlier row. At least two pairs are safe, at most `most`."""
+        """cosine (N,); among equal cosines the earlier row. From `least` to `most` of the pairs are safe, and two in any case."""
         count = len(cosine)
         agrees = posteriors(cosine)
         wanted = int((agrees >= self.posterior).sum()) if before is None else round((before + self.growth) * count)
-        wanted = min(max(wanted, 2), max(2, int(self.most * count)))
+        wanted = max(2, min(max(wanted, round(self.least * count)), int(self.most * count)))
         safe = np.zeros(count, dtype=bool)
         safe[np.argsort(-cosine, kind="stable")[:wanted]] = True  # the posterior never falls as the cosine rises
         return Selection(safe, agrees.astype(np.float32), wanted / count)

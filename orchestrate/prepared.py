@@ -165,7 +165,13 @@ def check_size(recipe: Recipe, table: pa.Table) -> None:
         raise ValueError(
             f"train.batch={train.batch} does not divide into cluster.workers={workers} × train.accumulate={train.accumulate} equal parts."
         )
-    if (plan := build_defense(recipe).repair()) is not None:
+    defense = build_defense(recipe)
+    if type(defense).selector is not Defense.selector and not any(defense.selector(e) for e in range(1, train.epochs + 1)):
+        raise ValueError(
+            f"train.epochs={train.epochs} end before {type(defense).__name__} selects any pair: train longer, or shorten what comes before "
+            "(such as defense.warmup)."
+        )
+    if (plan := defense.repair()) is not None:
         trusted = len(trusted_positions(table, plan.clean, recipe.seed))
         if trusted < plan.batch or plan.batch % workers:
             raise ValueError(

@@ -105,9 +105,9 @@ def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] 
         "poison/pairs": ready.table.num_rows,
     }
     result |= {k: v for k, v in last.items() if k not in TOLD}
-    for record in evaluations[:-1]:
-        if record["epoch"] == recipe.train.epochs:  # then a repair followed
-            result |= {f"before/{k}": v for k, v in record.items() if k not in TOLD}
+    if build_defense(recipe).repair() is not None:
+        before = next(r for r in evaluations if r["epoch"] == recipe.train.epochs)
+        result |= {f"before/{k}": v for k, v in before.items() if k not in TOLD}
     rounds = [r for r in records if r["kind"] == "match"]
     shares = {k: v for k, v in (rounds[-1] if rounds else {}).items() if k in MATCHED or k.startswith("quality/")}
     result |= {f"match/{name}": share for name, share in shares.items()}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from defenses.base import ClipOutput, clip_loss
 from defenses.safeclip import MixtureSelector, SafeCLIP, crossed, fit_mixture, neighbours, posteriors, unimodal
 
-SPLIT = MixtureSelector(posterior=0.9, growth=0.01, most=0.85)
+SPLIT = MixtureSelector(posterior=0.9, growth=0.01, most=0.85, least=0.1)
 
 
 def two_groups(low: tuple[float, float], high: tuple[float, float], n: int = 2000) -> np.ndarray:
@@ -79,8 +79,12 @@ def test_the_safe_set_grows_by_its_share_up_to_its_bound() -> None:
     assert sizes[-1] == 850
 
 
-def test_alike_cosines_leave_two_safe() -> None:
-    assert SPLIT.split(np.full(50, 0.3, dtype=np.float32), None).safe.sum() == 2
+def test_where_no_pair_is_sure_the_best_few_are_safe() -> None:
+    """One group and not two: no posterior reaches .9, and a set of two pairs could teach nothing."""
+    assert SPLIT.split(np.full(50, 0.3, dtype=np.float32), None).safe.sum() == 5
+    one_group = np.random.default_rng(0).uniform(-1, 1, 400).astype(np.float32)
+    found = MixtureSelector(posterior=1.0, growth=0.01, most=0.85, least=0.1).split(one_group, None)
+    assert found.safe.sum() == 40 and one_group[found.safe].min() >= np.sort(one_group)[-40]
 
 
 def unit(*rows: list[float]) -> torch.Tensor:
@@ -128,6 +132,9 @@ def test_an_epoch_is_what_the_paper_says() -> None:
     method = SafeCLIP(warmup=2, slow=0.05)
     assert [method.lr_factor(e) for e in range(1, 6)] == [1, 1, 0.05, 1, 1]
     assert [method.selector(e) is not None for e in range(1, 6)] == [False, False, False, True, True]
+    longer = SafeCLIP(warmup=1, bridge=3, slow=0.5)
+    assert [longer.lr_factor(e) for e in range(1, 6)] == [1, 0.5, 0.5, 0.5, 1]
+    assert [longer.selector(e) is not None for e in range(1, 6)] == [False] * 4 + [True]
     draw = torch.Generator().manual_seed(0)
     image, text, image_b, text_b = (F.normalize(torch.randn(6, 4, generator=draw), dim=1) for _ in range(4))
     base = ClipOutput(image, text, torch.tensor(2.0), image_b=image_b, text_b=text_b, epoch=4)
@@ -141,7 +148,10 @@ def test_an_epoch_is_what_the_paper_says() -> None:
     assert method.loss(mixed, clip_loss).item() == pytest.approx((4 * crossed(parts[0]) + 2 * unimodal(parts[1])).item() / 6, rel=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"warmup": 0}, {"slow": 0.0}, {"pool_size": 1}, {"posterior": 0.0}, {"growth": -0.1}, {"most": 1.5}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"warmup": 0}, {"bridge": 0}, {"slow": 0.0}, {"pool_size": 1}, {"posterior": 0.0}, {"growth": -0.1}, {"least": 0.9}, {"most": 1.5}],
+)
 def test_what_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SafeCLIP(**wrong)

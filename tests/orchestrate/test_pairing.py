@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from defenses.base import Features
+from defenses.base import Features, Selection
 from defenses.matching import CosineMatcher
 from defenses.otcclip import TransportMatcher
 from orchestrate import pairing
@@ -256,3 +256,25 @@ def test_an_adversary_outside_the_classes_is_never_kept():
 def test_a_caption_names_classes_as_whole_words_and_by_synonym(caption, named):
     assert pairing.named_classes([caption], CLASSES) == [frozenset(named)]
     assert pairing.named_classes([caption], [c.replace(" ", "_") for c in CLASSES]) == [frozenset(named)]
+
+
+def test_a_selection_is_counted_and_written(tmp_path):
+    poison = [True, False, False, True, False]
+    table = pa.table({"id": list("abcde"), "poison": poison})
+    cosine = np.array([0.9, 0.8, 0.1, 0.2, 0.7], dtype=np.float32)
+    safe = np.array([True, True, False, False, True])
+    selection = Selection(safe, np.array([0.9, 0.8, 0.1, 0.2, 0.7], dtype=np.float32), 0.6)
+    told = pairing.selection_facts(table, cosine, selection)
+    assert (told["pairs"], told["poisoned"], told["safe"], told["share"]) == (5, 2, 3, 0.6)
+    assert told["poison_in_safe"] == pytest.approx(1 / 3) and told["poisoned_safe"] == 0.5
+    assert told["threshold"] == pytest.approx(0.7) and told["cosine/poisoned"] == pytest.approx(0.55)
+    pairing.save_selection(tmp_path, 7, table, cosine, selection)
+    found = pq.read_table(tmp_path / "e007-safe.parquet").to_pylist()
+    assert [row["id"] for row in found if row["safe"]] == ["a", "b", "e"] and found[3]["cosine"] == pytest.approx(0.2)
+    assert not list(tmp_path.glob("e[0-9][0-9][0-9].parquet"))  # the gallery takes those for pairings
+
+
+def test_a_selection_on_clean_pairs_has_no_poison_to_speak_of():
+    table = pa.table({"id": ["a", "b"], "poison": [False, False]})
+    told = pairing.selection_facts(table, np.array([0.1, 0.2]), Selection(np.array([False, True]), np.zeros(2, np.float32), 0.5))
+    assert told["poison_in_safe"] == 0 and "poisoned_safe" not in told

@@ -178,6 +178,29 @@ def test_rows_for_the_probe_are_labelled_clean_and_chosen_by_hash(dataset):
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"defense": "safeclip", "train.epochs": 6}, "train.epochs=6 end before SafeCLIP selects any pair"),
+        ({"defense": "safeclip", "train.epochs": 7}, None),
+        ({"defense": "cleanclip", "defense.batch": 64, "defense.clean": 60}, "the repair's batch of 64 .* and its 60 trusted pairs"),
+        (
+            {"defense": "cleanclip", "defense.batch": 30, "cluster.workers": 4},
+            "the repair's batch of 30 must divide into cluster.workers=4",
+        ),
+        ({"defense": "cleanclip", "defense.batch": 32, "cluster.workers": 4, "defense.clean": 0.5}, None),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused_before_training(folder, dataset, words, message):
+    recipe = small.recipe(folder, **words)
+    table = prepared.plan(recipe, dataset).table
+    if message is None:
+        prepared.check_size(recipe, table)
+    else:
+        with pytest.raises(ValueError, match=message):
+            prepared.check_size(recipe, table)
+
+
+@pytest.mark.parametrize(
     ("batch", "workers", "accumulate", "message"),
     [
         (16, 1, 1, None),

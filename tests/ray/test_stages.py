@@ -1,4 +1,4 @@
-"""A defence from a user's file that selects pairs and then repairs: what it leaves, and that kills in either stage change nothing."""
+"""An attack and a defence from a user's files, the latter selects pairs and then repairs: what it leaves, and that kills change nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
+from orchestrate import scaffold
 
 from .conftest import EXACT, TINY, Antidote, kill, processes
 
@@ -28,19 +30,17 @@ class Both(SafeCLIP):
     def repair(self) -> Repair:
         return CleanCLIP(clean=64, epochs=2, batch=32, lr=1e-3, warmup=1).repair()
 '''
-WORDS = (
-    "clip",
-    *(word for word in TINY if not word.startswith("defense.")),
-    "track.uri=none",
-    "defense=./mine.py:Both",
-    "defense.growth=0.05",
-)
+PLAIN = tuple(word for word in TINY if not word.startswith(("defense.", "attack=", "attack.stripes")))
+ATTACK = ("attack=targeted+./frame.py:Frame", "attack.Frame.count=30")
+WORDS = ("clip", *PLAIN, *ATTACK, "track.uri=none", "defense=./mine.py:Both", "defense.growth=0.05")
+SAME = tuple(key.replace("stripes", "Frame") for key in EXACT)
 EPOCHS = 6  # four of training, two of repair
 
 
 def prepared(folder: Path) -> Antidote:
     folder.mkdir(exist_ok=True)
     (folder / "mine.py").write_text(MINE)
+    scaffold.write("attack", "frame", folder)
     return Antidote(folder)
 
 
@@ -59,6 +59,8 @@ def test_selection_and_repair_come_out_the_same_when_killed_in_either_stage(tmp_
         chosen[1]["threshold"]
     )
 
+    assert 0 < result["asr/Frame/total"] <= 130
+
     rough = prepared(tmp_path / "rough")
     process = rough.start("run", *WORDS)
     rough.until(lambda: any(r["epoch"] == 3 and r["kind"] == "train" for r in rough.records()), process)
@@ -71,5 +73,5 @@ def test_selection_and_repair_come_out_the_same_when_killed_in_either_stage(tmp_
     assert process.returncode == 0, err
     again = rough.results()[-1]
     assert [r["epoch"] for r in rough.records() if r["kind"] == "train"] == list(range(1, EPOCHS + 1))
-    assert {key: again[key] for key in EXACT} == {key: result[key] for key in EXACT}
+    assert {key: again[key] for key in SAME} == {key: result[key] for key in SAME}
     assert pq.read_table(Path(again["run"]) / "rounds" / "e004-safe.parquet").equals(table)
