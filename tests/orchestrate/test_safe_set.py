@@ -21,9 +21,10 @@ pytestmark = pytest.mark.ray  # starts none, but takes as long as what does
 
 
 def test_the_first_safe_set_is_nearly_free_of_poison(tmp_path: Path) -> None:
-    """4 % of the pairs are poisoned: as many of the safe ones would be, were they drawn at random."""
+    """4.5 % of the pairs are poisoned: as many of the safe ones would be, were they drawn at random."""
     torch.set_num_threads(1)
-    words = {"data.size": 1500, "data.heldout": 140, "data.cache": str(tmp_path), "train.batch": 32, "attack.blended.count": 30}
+    words = {"data.size": 3000, "data.heldout": 140, "data.cache": str(tmp_path), "train.batch": 64, "attack.blended.count": 60}
+    words |= {"defense.bridge": 1, "defense.posterior": 0.9, "defense.least": 0.0}
     [found] = recipes.get("safeclip", words)
     recipe = found.recipe
     dataset = open_dataset(recipe.data, None)
