@@ -1,10 +1,8 @@
 """An audit: which pairs of a set look poisoned. Index → model (given, or a young one) → scores → scores.parquet, clean set, page.
 
-    OUT/  model/      the run that trained our own model        parts/  finished parts, which a killed audit goes on from
-          scores.parquet   clean/ or clean-ids.txt   removed-ids.txt   audit.json   audit.html
+OUT/  model/      the run that trained our own model        parts/  finished parts, which a killed audit goes on from
+      scores.parquet   clean/ or kept.parquet (ids)   audit.json   audit.html
 
-Our own model learns from the very set that is doubted. It is an undefended CLIP that stops early, so that the many honest pairs are learnt
-and of the few poisoned ones less (ours: a hope that docs/audit.md measures; a poison strong enough is learnt as early).
 """
 
 from __future__ import annotations
@@ -23,13 +21,15 @@ import pyarrow.parquet as pq
 from attacks.base import ranks
 from defenses import duplicates
 from defenses.detect import BATCH, K
-from orchestrate import audit_scores, cluster, journal, prepared
+from orchestrate import audit_cause, audit_clean, audit_model, audit_page, audit_scores, cluster, journal, prepared
+from orchestrate.audit_cause import Trigger, Word
 from orchestrate.data.index import Dataset, fingerprint, open_dataset
+from orchestrate.data.nouns import WORDS
 from orchestrate.pairing import draw_pool
 from orchestrate.progress import Phase
-from orchestrate.recipe import DROP, Recipe, Track
+from orchestrate.recipe import DROP, Recipe
 
-PAIRS, MOST, LEAST = 100_000, 8, 2  # the young model sees about so many pairs, in so many epochs at most and at least
+LOOK = 20, 400  # suspicious pairs, at least and at most, in which something in common is looked for
 POOL, SHARE = 512, 0.02  # captions of the pool: RoCLIP's share of the pairs, or so many where that is more (ours)
 
 
@@ -87,15 +87,16 @@ def audit(recipe: Recipe, out: Path, options: Options) -> dict[str, Any]:
             _check(recipe, resources)
             with Phase("data") as phase:
                 dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
-            model, cfg, told = _model(recipe, dataset, out, options)
-            recipe = _as_seen(recipe, cfg)
+            model, cfg, told = audit_model.get(recipe, dataset, out, options.checkpoint, options.model, options.epochs)
+            recipe = audit_model.as_seen(recipe, cfg)
             dataset, images = read_images(recipe, dataset, prepared.streams(recipe, dataset))
             found = _found(recipe, options, out, dataset, images)
             found.facts |= told
             _score(found, model, cfg)
-        _table(found)
+            _table(found)
+            seen = _seen(found)
         found.facts["seconds"] = time.monotonic() - started
-        return _write(found)
+        return _write(found, seen)
 
 
 def _check(recipe: Recipe, has: dict[str, float]) -> None:
@@ -106,54 +107,6 @@ def _check(recipe: Recipe, has: dict[str, float]) -> None:
                 f"{c.match_actors} scoring actors × {each:g} {kind}, but there are {has.get(kind, 0.0):g} {kind}: lower "
                 f"cluster.match_actors or cluster.match_{kind.lower()}s."
             )
-
-
-# --- the model --------------------------------------------------------------------------------------------------------------------
-
-
-def _model(recipe: Recipe, dataset: Dataset, out: Path, options: Options) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """(model, its configuration, what to say of it)."""
-    from models import export
-
-    if options.checkpoint:
-        model, cfg = export.load(options.checkpoint, options.model)
-        return model, cfg, {"model": "given", "epochs": 0}
-    from orchestrate.train import fit
-
-    own = own_recipe(recipe, dataset, out, options.epochs)
-    result = fit(own)
-    model, cfg = export.load(Path(result["run"]) / "model")
-    told = {"model": own.model.name, "epochs": own.train.epochs, "seconds/model": result["seconds/train"]}
-    return model, cfg, told | {k: v for k, v in result.items() if k.startswith(("zeroshot/top1", "retrieval/r1", "asr/"))}
-
-
-def own_recipe(recipe: Recipe, dataset: Dataset, out: Path, epochs: int) -> Recipe:
-    """A young, undefended CLIP on the recipe's data, poison and all."""
-    pairs = dataset.train.num_rows
-    train = replace(recipe.train, epochs=epochs or max(LEAST, min(MOST, -(-PAIRS // pairs))))
-    evaluation = replace(recipe.evaluate, probe=False, every=0)
-    where = replace(recipe.cluster, runs=str(out / "model"))
-    return replace(recipe, name="young", train=train, evaluate=evaluation, cluster=where, track=Track(uri="none", report=False))
-
-
-def _as_seen(recipe: Recipe, cfg: dict[str, Any]) -> Recipe:
-    """The recipe with pixels kept as large as the model takes them; a given checkpoint may not be the recipe's."""
-    size = cfg["vision_cfg"]["image_size"]
-    side = recipe.data.side or (size if isinstance(size, int) else size[0])
-    return replace(recipe, data=replace(recipe.data, side=side))
-
-
-def _has_tokens(model: Any, cfg: dict[str, Any]) -> str:
-    """Why the model has no token features, "" where it has."""
-    from orchestrate.encoder import Encoder
-
-    encoder = Encoder(model, cfg)
-    try:
-        encoder.image_features(np.zeros((1, 32, 32, 3), np.uint8), True)
-        encoder.text_features(["a"], True)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------------------
@@ -186,7 +139,7 @@ def _score(found: Audit, model: Any, cfg: dict[str, Any]) -> None:
     count = table.num_rows
     found.pool = draw_pool(table, max(min(POOL, count), round(SHARE * count)), recipe.seed, 0).captions
     weights = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
-    why_not = _has_tokens(model, cfg)
+    why_not = audit_model.no_tokens(model, cfg)
     found.facts["transport"] = why_not or "used"
     size = found.options.batch
     if found.images is None:  # neighbouring rows together, so that a file is read in stretches
@@ -252,10 +205,45 @@ def _table(found: Audit) -> None:
         found.facts["measured"] = audit_scores.measured(found.scores, poison, np.array(found.parts))
 
 
-def _write(found: Audit) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Seen:
+    """Pixels of the most suspicious pairs: those of the page, and of those with something in common different images."""
+
+    rows: np.ndarray
+    images: np.ndarray
+    words: list[Word]
+    trigger: Trigger | None
+
+
+def _seen(found: Audit) -> Seen:
+    """Look at the most suspicious pairs: what the clean set leaves out, but some at least and not too many."""
+    from orchestrate.audit_actors import local_pixels
+
+    pixels = local_pixels(found.recipe, found.table, found.images)
+    order = np.argsort(found.scores["rank"].to_numpy())
+    budget = audit_scores.budget(found.options.drop, len(order))
+    top = order[: min(len(order), max(LOOK[0], min(LOOK[1], budget)))]
+    captions = found.table["caption"].to_pylist()
+    words = audit_cause.words(captions, top)
+    named = [i for i in top if words and words[0].text in set(WORDS(captions[i].lower()))]
+    for rows in (np.array(named, int), top):
+        different = rows[np.sort(np.unique(found.columns["group"][rows], return_index=True)[1])]  # of near-duplicates one
+        if trigger := audit_cause.trigger(pixels.take(different), found.sums["mean"], found.sums["square"]):
+            break
+    return Seen(order[: audit_page.SHOWN], pixels.take(order[: audit_page.SHOWN]), words, trigger)
+
+
+def _write(found: Audit, seen: Seen) -> dict[str, Any]:
     """The rest of the folder."""
+    scores, facts = found.scores, found.facts
     many = audit_scores.budget(found.options.drop, found.table.num_rows)
-    gone = found.scores["rank"].to_numpy() <= many
-    found.facts |= {"removed": many, "poison_removed": sum(bool(name) for name, out in zip(found.parts, gone, strict=True) if out)}
-    journal.replace(found.out / "audit.json", (json.dumps(found.facts, indent=1, ensure_ascii=False) + "\n").encode())
-    return found.facts
+    kept = scores["rank"].to_numpy() > many
+    facts |= {"removed": many, "poison_removed": sum(bool(name) for name, stays in zip(found.parts, kept, strict=True) if not stays)}
+    facts |= audit_clean.write(found.out, found.table, kept, found.dataset.heldout, found.options.copy_gb, found.recipe.attack is not None)
+    facts |= {"words": [[word.text, word.here, word.of] for word in seen.words], "region": seen.trigger.box if seen.trigger else None}
+    nearest = found.columns["nearest"]
+    shown = audit_page.Shown(seen.rows, seen.images)
+    page = found.out / "audit.html"
+    audit_page.write(page, facts, scores, found.table, found.parts, nearest, found.pool, shown, seen.words, seen.trigger)
+    journal.replace(found.out / "audit.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+    return facts

@@ -23,6 +23,7 @@ import ray
 from defenses import detect, duplicates
 from orchestrate import cluster
 from orchestrate import recipe as recipes
+from orchestrate.data.pixels import Pixels
 from orchestrate.match import pack, unpack
 from orchestrate.prepared import build_attack, pixels_of
 from orchestrate.recipe import Recipe
@@ -143,6 +144,12 @@ def run(work: Work, folder: Path, items: list[dict[str, Any]]) -> Iterator[int]:
             arrays = unpack(payload)
             _write(folder, int(number), arrays)
             yield (done := done + len(arrays["row"]))
+
+
+def local_pixels(recipe: Recipe, table: pa.Table, images: tuple[Any, np.ndarray] | None) -> Pixels:
+    """The pairs' pixels for this process, as the actors read them."""
+    held, place = images if images else (None, None)
+    return pixels_of(recipe, build_attack(recipe), table, None if held is None else ray.get(held), place)
 
 
 def _file(folder: Path, part: int) -> Path:

@@ -54,7 +54,7 @@ def _audit(args: argparse.Namespace, source: Source) -> None:
     drop = coerce(args.drop, int | float, "--drop")
     asked = {name: getattr(args, name) for name in ("checkpoint", "model", "epochs", "batch", "rounds", "copy_gb")}
     facts = audit.audit(recipe, Path(args.out), audit.Options(drop=drop, **asked))
-    for line in told(facts):
+    for line in told({**facts, "out": args.out}):
         print(line)
 
 
@@ -63,6 +63,10 @@ def told(facts: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{facts['pairs']:,} pairs of {facts['data']} scored; the {facts['removed']:,} most suspicious ones are left out of the clean set"
     ]
+    words = ", ".join(f"{word} ({here}/{of})" for word, here, of in facts["words"][:3])
+    lines += [f"their captions share: {words}"] if words else []
+    lines += [f"{facts['out']}/audit.html shows them; {facts['out']}/scores.parquet ranks all; clean set: {facts['out']}/{facts['clean']}"]
+    lines += [f"  no copy of the set: {facts['why']}"] if facts["why"] else []
     for part, scores in facts.get("measured", {}).items():
         first = next(iter(scores.values()))
         lines += [
