@@ -172,7 +172,13 @@ def _plan(found: Audit, weights: dict[str, np.ndarray]) -> dict[str, Any]:
     for name in sorted(weights):
         digest.update(name.encode() + np.ascontiguousarray(weights[name]).tobytes())
     ids = hashlib.blake2b("\n".join(found.table["id"].to_pylist()).encode(), digest_size=8).hexdigest()
-    named = {"pairs": found.table.num_rows, "ids": ids, "weights": digest.hexdigest(), "batch": found.options.batch}
+    named = {
+        "pairs": found.table.num_rows,
+        "ids": ids,
+        "weights": digest.hexdigest(),
+        "batch": found.options.batch,
+        "stream": found.images is None,
+    }
     return named | {"data": found.facts["fingerprint"], "attack": found.recipe.as_dict()["attack"], "seed": found.recipe.seed}
 
 
