@@ -53,10 +53,20 @@ def parts(count: int, size: int) -> list[dict[str, Any]]:
     return [{"part": number, "edges": [batch[0][0], *(stop for _, stop in batch)]} for number, batch in enumerate(some)]
 
 
+class Desk:
+    """Hands out the references: an actor that is started again asks for them anew, as its own arguments may be gone by then."""
+
+    def __init__(self, refs: dict[str, Any]) -> None:
+        self.held = refs
+
+    def refs(self) -> dict[str, Any]:
+        return self.held
+
+
 class ScoreActor:
     """One actor: model and pool ready, pixels by reference. Every actor encodes the pool itself, once."""
 
-    def __init__(self, refs: dict[str, Any], spec: dict[str, Any]) -> None:
+    def __init__(self, desk: Any, spec: dict[str, Any]) -> None:
         import torch
 
         from defenses.token_pool import TokenPool
@@ -65,6 +75,7 @@ class ScoreActor:
 
         torch.set_num_threads(spec["threads"])
         recipe = recipes.from_dict(spec["recipe"]).recipe
+        refs = ray.get(desk.refs.remote(), timeout=recipe.cluster.timeout_s)
         table, self.order, place = (ray.get(refs[name]) for name in ("table", "order", "place"))
         self.pixels = pixels_of(recipe, build_attack(recipe), table, ray.get(refs["images"]), place)
         self.captions = table.column("caption")
@@ -130,9 +141,10 @@ def run(work: Work, folder: Path, items: list[dict[str, Any]]) -> Iterator[int]:
         "gpus": c.match_gpus,
         "threads": c.threads or max(1, (os.cpu_count() or 1) // c.match_actors),
     }
+    desk = ray.remote(Desk).options(num_cpus=0).remote(refs)
     found = data.from_arrow([pa.Table.from_pylist([item]) for item in todo]).map_batches(
         ScoreActor,
-        fn_constructor_args=(refs, spec),
+        fn_constructor_args=(desk, spec),
         batch_size=None,
         batch_format="numpy",
         compute=data.ActorPoolStrategy(size=min(c.match_actors, len(todo))),

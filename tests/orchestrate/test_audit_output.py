@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrate import audit_clean, audit_page, audit_scores
+from orchestrate import audit, audit_clean, audit_model, audit_page, audit_scores
 from orchestrate.audit_cause import Word, trigger
 from orchestrate.cli_audit import chosen
-from orchestrate.data.index import open_dataset
+from orchestrate.data.index import Dataset, open_dataset
 from orchestrate.recipe import Data
 from orchestrate.recipes import get
 
@@ -103,3 +103,27 @@ def test_pairs_cut_from_the_training_files_are_known_to_be(tmp_path: Path):
     (folder / "test.parquet").unlink()
     assert opened(folder).carved
     assert json.loads((folder / "classnames.json").read_text()) == small.CLASSES
+
+
+def test_a_folder_takes_one_audit(tmp_path: Path):
+    plan = {"pairs": 3, "weights": "a", "attack": None}
+    audit._claim(tmp_path / "parts", plan)
+    audit._claim(tmp_path / "parts", plan)
+    with pytest.raises(ValueError, match="other data, another model or another seed"):
+        audit._claim(tmp_path / "parts", {**plan, "weights": "b"})
+
+
+@pytest.mark.parametrize(("pairs", "asked", "epochs"), [(120, 0, 8), (30_000, 0, 4), (1_000_000, 0, 2), (120, 5, 5)])
+def test_the_young_model_stops_early_the_earlier_the_more_pairs(tmp_path: Path, pairs: int, asked: int, epochs: int):
+    recipe = get("roclip-badnets")[0].recipe
+    train = pa.table({"id": pa.nulls(pairs, pa.string())})
+    young = audit_model.young(recipe, Dataset("set", train, train, [], ()), tmp_path, asked)
+    assert young.train.epochs == epochs and young.attack == recipe.attack
+    assert young.cluster.runs == str(tmp_path / "model") and young.track.uri == "none"
+
+
+def test_options_that_cannot_be_meant_are_refused():
+    with pytest.raises(ValueError, match="--batch 32"):
+        audit.Options(batch=32)
+    with pytest.raises(ValueError, match="leave it out, or --checkpoint"):
+        audit.Options(checkpoint="model", epochs=3)
