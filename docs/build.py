@@ -3,6 +3,7 @@
     python docs/build.py                        write what is stale
     python docs/build.py --check                write nothing; exit code 1 and the files' names where something is stale
     python docs/build.py --collect demo RUN…    make docs/results/demo.json from finished runs, then write
+    python docs/build.py --audits scenes OUT…   make docs/audits/scenes.json from the folders of audits, then write
 
 A file of results is {"title", "command", "note", "results": [result.json, …]}; without the runs' directories and without folders of
 data sets, so that no path of anybody's machine is published. Collecting again keeps title, command and note unless they are given.
@@ -30,7 +31,7 @@ from orchestrate.recipe import SECTIONS  # noqa: E402
 from orchestrate.report_text import Result, doubts, headline, markdown_table  # noqa: E402
 
 DOCS = ROOT / "docs"
-RESULTS, METHODS, PICTURE = DOCS / "results", DOCS / "methods", DOCS / "demo.png"
+RESULTS, AUDITS, METHODS, PICTURE = DOCS / "results", DOCS / "audits", DOCS / "methods", DOCS / "demo.png"
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LABELS = ("Paper", "Source", "Threat model", "Assumes", "Success", "Cost", "Limits")
 SHOWN = ("roclip-badnets", "attack.count=100", "defense.every=1")
@@ -275,6 +276,48 @@ def block_results() -> list[str]:
     return lines[:-1] or [missing("demo")]
 
 
+def block_audits() -> list[str]:
+    """For each file of audits: tables of AUROC, average precision and what 1 % finds; what a set without poison shows."""
+    lines: list[str] = []
+    for file in sorted(AUDITS.glob("*.json")):
+        found = json.loads(file.read_text())
+        lines += [f"### {found['title']}", "", *([found["note"], ""] if found["note"] else [])]
+        planted = [
+            (f, part, m) for f in found["audits"] for part, m in f.get("measured", {}).items() if part != "all" or len(f["measured"]) == 1
+        ]
+        for what, key in (("AUROC", "auroc"), ("average precision", "average_precision"), ("found at 1 % removed", "recall")):
+            if planted:
+                lines += [f"**{what}**", "", *_audit_table(planted, key), ""]
+        clean = [f for f in found["audits"] if not f.get("measured")]
+        if clean:
+            lines += [
+                f"**{f['data']} without poison:** {f['removed']} of {f['pairs']:,} pairs left out, all honest; {_shared(f)}." for f in clean
+            ]
+            lines += [""]
+    return lines[:-1] or ["*No results here yet: `python docs/build.py --audits NAME OUT…` puts them in.*"]
+
+
+def _audit_table(planted: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]], key: str) -> list[str]:
+    names = list(dict.fromkeys(name for _, _, scores in planted for name in scores))
+    rows = []
+    for facts, part, scores in planted:
+        first = scores["combined"]
+        attack = facts["attack"] if part == "all" else f"{part} (of {facts['attack']})"
+        most = f", of {100 * first['ceiling']:.0f} % possible" if key == "recall" else ""
+        rows.append([f"{facts['data']}, {attack}", f"{first['poison']} of {first['pairs']:,}{most}"])
+        rows[-1] += [f"{100 * scores[n][key]:.0f} %" if key == "recall" else f"{scores[n][key]:.3f}" if n in scores else "–" for n in names]
+    return table(["set, attack", "poison", *names], rows)
+
+
+def _shared(facts: Mapping[str, Any]) -> str:
+    said = ", ".join(f"{word} ({here} of {of})" for word, here, of in facts["words"][:3])
+    region = facts["region"]
+    where = (
+        f"a region is marked in their images ({region[2] - region[0]} × {region[3] - region[1]} px)" if region else "no region is marked"
+    )
+    return (f"the words they share most: {said}; " if said else "no word stands out; ") + where
+
+
 def missing(name: str) -> str:
     return f"*No results here yet: `python docs/build.py --collect {name} RUN…` puts them in.*"
 
@@ -352,16 +395,33 @@ def collect(name: str, runs: Sequence[Path], title: str | None, command: str | N
     return file
 
 
+def collect_audits(name: str, folders: Sequence[Path], title: str | None, note: str | None) -> Path:
+    """docs/audits/NAME.json from the folders of audits."""
+    file = AUDITS / f"{name}.json"
+    before = json.loads(file.read_text()) if file.exists() else {"title": name, "note": ""}
+    given = {k: v for k, v in (("title", title), ("note", note)) if v is not None}
+    audits = [json.loads((folder / "audit.json").read_text()) for folder in folders]
+    for facts in audits:
+        facts.pop("report", None)
+        facts["data"] = Path(str(facts["data"])).name
+    AUDITS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(before | given | {"audits": audits}, indent=1, ensure_ascii=False) + "\n")
+    return file
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The generated parts of the docs.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something is stale")
     parser.add_argument("--collect", metavar="NAME", help="make docs/results/NAME.json from the runs")
+    parser.add_argument("--audits", metavar="NAME", help="make docs/audits/NAME.json from folders of audits")
     for key in ("title", "command", "note"):
         parser.add_argument(f"--{key}", help="of the collected results")
     parser.add_argument("runs", nargs="*", type=Path, help="run directories to collect")
     args = parser.parse_args(argv)
     if args.collect:
         print(f"wrote {collect(args.collect, args.runs, args.title, args.command, args.note).relative_to(ROOT)}")
+    if args.audits:
+        print(f"wrote {collect_audits(args.audits, args.runs, args.title, args.note).relative_to(ROOT)}")
     files = wanted()
     for file in stale(files):
         if args.check:

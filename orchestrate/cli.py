@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrate import cli_models, cli_sweeps, recipes, sweeps
+from orchestrate import cli_audit, cli_models, cli_sweeps, recipes, sweeps
 from orchestrate.recipe import Recipe, Resolved, flatten, from_dict, parse_overrides
 
 
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     poison = recipe_verb("poison", _poison, "plan the attack only: manifest.parquet and a contact sheet")
     poison.add_argument("--out", default="", help="folder (default: poison-<identity>)")
     cli_sweeps.add(verb, source)
+    cli_audit.add(verb, source)
     score = verb("eval", _eval, "score any open_clip checkpoint")
     score.add_argument("checkpoint", help="an export folder, or a state dict (.pt, .safetensors) with --model")
     score.add_argument("--model", default=None, help="architecture of a bare state dict")

@@ -19,6 +19,7 @@ from attacks.base import Manifest, Probes, how_many, manifest, pick, ranks
 from attacks.combine import Several
 from defenses.augment import mix
 from defenses.base import Defense
+from orchestrate import audit_scores
 from orchestrate.data import reader
 from orchestrate.data.index import Dataset, fingerprint
 from orchestrate.data.pixels import REFERENCE, Pixels
@@ -69,12 +70,26 @@ def without_unreadable(dataset: Dataset, bad: Sequence[tuple[str, str]], max_bad
 
 
 def plan(recipe: Recipe, dataset: Dataset) -> Prepared:
-    """Poison on paper: the manifest, the table it makes, and the probes that measure it."""
+    """Poison on paper: the manifest, the table it makes less what an audit leaves out of it, and the probes that measure it."""
+    ready = _poisoned(recipe, dataset)
+    if not recipe.data.exclude:
+        return ready
+    return replace(ready, table=audit_scores.without(ready.table, recipe.data.exclude, recipe.data.drop))
+
+
+def left_out(ready: Prepared) -> tuple[int, int]:
+    """Pairs that an audit keeps from training, and how many of them are poisoned."""
+    planned = ready.manifest
+    added = int(pc.sum(pc.equal(planned.table["op"], "add")).as_py() or 0) if planned else 0
+    poison = int(pc.sum(ready.table["poison"]).as_py() or 0)
+    return ready.dataset.train.num_rows + added - ready.table.num_rows, (planned.count if planned else 0) - poison
+
+
+def _poisoned(recipe: Recipe, dataset: Dataset) -> Prepared:
     attack = build_attack(recipe)
     seed = recipe.seed
     if attack is None:
-        empty = manifest(Defense(), [], dataset.train, seed)
-        return Prepared(dataset, apply(dataset.train, dataset.heldout, empty), None, Probes())
+        return Prepared(dataset, unpoisoned(dataset.train, seed), None, Probes())
     if not dataset.classes:
         raise ValueError(f"{recipe.data.path} has no classes to attack: name some with data.classes=dog,cat,… or take attack=none.")
     planned = attack.plan(dataset.train, dataset.heldout, seed)
@@ -82,10 +97,15 @@ def plan(recipe: Recipe, dataset: Dataset) -> Prepared:
     return Prepared(dataset, apply(dataset.train, dataset.heldout, planned), planned, probes)
 
 
+def unpoisoned(index: pa.Table, seed: int) -> pa.Table:
+    """An index with the columns of a poisoned table."""
+    return apply(index, index.slice(0, 0), manifest(Defense(), [], index, seed))
+
+
 def plan_key(recipe: Recipe, dataset: Dataset) -> str:
     """Recipes of equal keys have equal plans on this data set."""
     attack = recipe.attack.as_dict() if recipe.attack else None
-    return json.dumps([fingerprint(dataset), attack, recipe.seed], sort_keys=True)
+    return json.dumps([fingerprint(dataset), attack, recipe.seed, recipe.data.exclude, recipe.data.drop], sort_keys=True)
 
 
 def write(run_dir: Path, prepared: Prepared) -> None:

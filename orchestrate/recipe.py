@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from typing import Any, Literal, get_type_hints
 
 from orchestrate import plugins
 from orchestrate.values import coerce
+
+DROP = 0.01  # share of the pairs that an audit gives up by default
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,14 @@ class Data:
     memory_gb: float = 8.0  # stream=auto: decoded sets above this stream
     seed: int = 0  # of selection and made captions
     cache: str = "~/.cache/antidote"  # where generated sets are kept
+    exclude: str = ""  # a scores.parquet that `antidote audit` wrote: train without its most suspicious pairs
+    drop: int | float = DROP  # of them so many: a count, or a share of the audited pairs; 0 = none
 
     def __post_init__(self) -> None:
         _above(self, 0, "max_pixels")
-        _least(self, 0, "side", "memory_gb", "seed")
+        _least(self, 0, "side", "memory_gb", "seed", "drop")
+        if self.drop != DROP and not self.exclude:
+            raise ValueError(f"data.drop={self.drop}: say by which audit, as data.exclude=…/scores.parquet.")
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,7 @@ class Recipe:
     def identity(self) -> str:
         """Hash of everything that changes numbers: 16 hex digits. Cluster, tracking and the recipe's name do not.
 
-        A method from a file counts by the file's content, not by where it lies.
+        A method from a file, and an audit's scores, count by the file's content, not by where it lies.
         """
         tree = self.as_dict()
         for method in METHODS:
@@ -179,6 +186,10 @@ class Recipe:
         for key in ("name", "cluster", "track"):
             del tree[key]
         del tree["data"]["cache"]
+        if self.data.exclude:
+            tree["data"]["exclude"] = _content(self.data.exclude)
+        else:  # so that runs without an audit keep the identities they had before there were any
+            del tree["data"]["exclude"], tree["data"]["drop"]
         text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -222,6 +233,8 @@ def resolve(name: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resol
         if path in tree and origins[path] == origin:
             raise ValueError(f"{path} is given twice: as {key} and by its other name.")
         tree[path] = value if path in METHODS else coerce(value, known[path], path)
+        if path == "data.exclude" and tree[path]:
+            tree[path] = os.path.abspath(os.path.expanduser(tree[path]))  # a sweep's trials run in folders of their own
         origins[path] = origin
     recipe = Recipe(
         name=str(tree.get("name", name)),
@@ -287,6 +300,15 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"{key} is given twice ({found[key]!r} and {value!r}).")
         found[key] = value
     return found
+
+
+def _content(path: str) -> str:
+    """A hash of a file's content; of its path where there is none, for a recipe can be named whose run will be refused."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:
+        return f"no file {path}"
 
 
 def _use(value: Any) -> str | None:

@@ -92,11 +92,14 @@ def defence(result: Result) -> str:
     """The defence as a person calls it: `roclip` → RoCLIP, `roclip+mine` → RoCLIP + mine."""
     used = str(result.get("defense") or "none")
     name = " + ".join(NAMES.get(part, part) for part in used.split("+"))
+    if removed := finite(result.get("audit/share")):
+        audit = f"audit, {100 * removed:.2g} % removed"
+        name = audit.capitalize() if used in UNDEFENDED else f"{name} + {audit}"
     return name if attacked(result) else f"{name}, clean data"
 
 
 def undefended(result: Result) -> bool:
-    return str(result.get("defense") or "none") in UNDEFENDED
+    return str(result.get("defense") or "none") in UNDEFENDED and not finite(result.get("audit/share"))
 
 
 def attacked(result: Result) -> bool:

@@ -20,7 +20,7 @@ from attacks.base import pick
 from orchestrate import journal
 from orchestrate.cluster import absolute
 from orchestrate.data.pixels import Pixels
-from orchestrate.prepared import Prepared, build_defense
+from orchestrate.prepared import Prepared, build_defense, left_out
 from orchestrate.recipe import Recipe, flatten
 
 RESULT = "result.json"
@@ -86,6 +86,7 @@ def artifacts(folder: Path) -> list[Path]:
 def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] | None, data_seconds: float) -> dict[str, Any]:
     """Export the model and write result.json: the last word of a run; a directory that has it is finished."""
     records = journal.read(folder / journal.NAME)
+    removed, found = left_out(ready)
     evaluations = [r for r in records if r["kind"] == "eval"]
     if not evaluations:
         raise RuntimeError(f"{folder / journal.NAME} has no evaluation: remove the directory and run again.")
@@ -108,6 +109,8 @@ def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] 
     if build_defense(recipe).repair() is not None:
         before = next(r for r in evaluations if r["epoch"] == recipe.train.epochs)
         result |= {f"before/{k}": v for k, v in before.items() if k not in TOLD}
+    if recipe.data.exclude:
+        result |= {"audit/removed": removed, "audit/share": removed / (removed + ready.table.num_rows), "audit/poison_removed": found}
     rounds = [r for r in records if r["kind"] == "match"]
     shares = {k: v for k, v in (rounds[-1] if rounds else {}).items() if k in MATCHED or k.startswith("quality/")}
     result |= {f"match/{name}": share for name, share in shares.items()}

@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("attacks", "defenses", "models", "orchestrate")
 FILES = sorted(str(f.relative_to(ROOT)) for room in ROOMS for f in (ROOT / room).rglob("*.py"))
 
-RAY = {"orchestrate/cluster.py", "orchestrate/match.py", "orchestrate/train.py", "orchestrate/sweep.py"}
+RAY = {f"orchestrate/{name}.py" for name in ("cluster", "match", "train", "sweep", "audit_actors")}
 MLFLOW = {"orchestrate/track.py"}
 DOOR = {"models/torchvision_door.py"}
 # What `antidote --help` and `antidote ls` read.
-QUICK = ("__init__", "__main__", "recipe", "recipes", "values", "plugins", "axes", "sweeps", "cli", "cli_models", "cli_sweeps")
+QUICK = ("__init__", "__main__", "recipe", "recipes", "values", "plugins", "axes", "sweeps", "cli", "cli_audit", "cli_models", "cli_sweeps")
 MAY = {
     "attacks": {"numpy", "pyarrow", "PIL"},
     "defenses": {"numpy", "torch", "ot", "scipy"},
@@ -96,7 +96,7 @@ def test_workers_never_import_the_tracker():
         assert not any(name.startswith("orchestrate.track") for name in names)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["ls"], ["run", "--help"], ["sweep", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["ls"], ["run", "--help"], ["sweep", "--help"], ["audit", "--help"]])
 def test_help_and_lists_take_neither_torch_nor_ray_nor_mlflow(words: list[str]):
     code = f"""
 import sys

@@ -77,6 +77,7 @@ class Dataset:
     templates: tuple[str, ...]
     report: list[str] = field(default_factory=list)
     quarantine: pa.Table = field(default_factory=QUARANTINE.empty_table)
+    carved: bool = False  # whether the held-out pairs were taken from the training files, as the set has no others
 
 
 def open_dataset(config: Data, progress: Progress | None = None) -> Dataset:
@@ -107,7 +108,8 @@ def open_dataset(config: Data, progress: Progress | None = None) -> Dataset:
     meta = {b"classes": json.dumps(classes).encode()}
     train, heldout = (rows.select(INDEX.names).replace_schema_metadata(meta) for rows in (train, heldout))
     templates = tuple(config.templates) or TEMPLATES
-    return Dataset(name, train, heldout, classes, templates, [note for note in report if note], bad)
+    report = [note for note in report if note]
+    return Dataset(name, train, heldout, classes, templates, report, bad, carved="heldout" not in parts)
 
 
 def fingerprint(dataset: Dataset) -> str:

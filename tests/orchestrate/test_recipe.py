@@ -19,6 +19,7 @@ from orchestrate.values import coerce
 
 BOTH = {"attack": "targeted+stripes", "defense": "roclip"}
 NEEDS = {  # options that mean nothing but beside others
+    "data.drop": {"data.exclude": "scores.parquet"},
     "defense.move": {"defense.matched": "caption"},
 }
 NEUTRAL = ("name", "cluster.", "track.", "data.cache")  # what the identity leaves out
@@ -165,7 +166,7 @@ def test_a_whole_number_may_be_written_as_one_likes(text):
 def test_a_whole_number_is_a_count_and_a_fraction_a_share(path, number, share):
     for value, kind in ((number, int), (share, float)):
         for written in (value, json.dumps(value)):
-            found = flatten(made({**BOTH, path: written}).as_dict())[path]
+            found = flatten(made({**BOTH, **NEEDS.get(path, {}), path: written}).as_dict())[path]
             assert found == value and type(found) is kind
 
 

@@ -1,0 +1,255 @@
+"""An audit: which pairs of a set look poisoned. Index → model (given, or a young one) → scores → scores.parquet, clean set, page.
+
+OUT/  model/      the run that trained our own model        parts/  finished parts, which a killed audit goes on from
+      scores.parquet   clean/ or kept.parquet (ids)   audit.json   audit.html
+
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from attacks.base import ranks
+from defenses import duplicates
+from defenses.detect import BATCH, K
+from orchestrate import audit_cause, audit_clean, audit_model, audit_page, audit_scores, cluster, journal, prepared
+from orchestrate.audit_cause import Trigger, Word
+from orchestrate.data.index import Dataset, fingerprint, open_dataset
+from orchestrate.data.nouns import WORDS
+from orchestrate.pairing import draw_pool
+from orchestrate.progress import Phase
+from orchestrate.recipe import DROP, Recipe
+
+LOOK = 20, 400  # suspicious pairs, at least and at most, in which something in common is looked for
+POOL, SHARE = 512, 0.02  # captions of the pool: RoCLIP's share of the pairs, or so many where that is more (ours)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an audit is asked beside a recipe."""
+
+    checkpoint: str = ""  # an export folder or a state dict; "" trains a model of its own
+    model: str | None = None  # architecture of a bare state dict
+    epochs: int = 0  # of the own model; 0 = by the number of pairs
+    batch: int = BATCH  # pairs that are each other's neighbours
+    drop: int | float = DROP  # budget of the clean set
+    rounds: str = ""  # a run's directory, whose matching rounds say which captions moved
+    copy_gb: float = 2.0  # largest set of which a clean copy is written
+
+    def __post_init__(self) -> None:
+        if self.batch <= 2 * K or self.epochs < 0 or self.copy_gb < 0:
+            raise ValueError(
+                f"--batch {self.batch}, --epochs {self.epochs}, --copy-gb {self.copy_gb}: give above {2 * K}, 0 or more, 0 or more."
+            )
+        if self.epochs and self.checkpoint:
+            raise ValueError("--epochs is for the model that an audit trains itself: leave it out, or --checkpoint.")
+
+
+@dataclass
+class Audit:
+    """An audit on its way: what the steps below read and fill in."""
+
+    recipe: Recipe
+    options: Options
+    out: Path
+    dataset: Dataset
+    table: pa.Table  # the pairs, with the columns of a poisoned table
+    parts: list[str]  # name of the attack's part for each pair, "" for clean ones
+    images: tuple[Any, np.ndarray] | None  # decoded, and where each pair's lie; None: they stream
+    facts: dict[str, Any] = field(default_factory=dict)
+    pool: list[str] = field(default_factory=list)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    sums: dict[str, np.ndarray] = field(default_factory=dict)
+    scores: pa.Table = field(default_factory=lambda: pa.table({}))
+
+
+def audit(recipe: Recipe, out: Path, options: Options) -> dict[str, Any]:
+    """Score every pair of the recipe's data (poisoned by its attack, if it has one) and write `out`; returns audit.json's content.
+
+    The same call goes on where a killed one stopped. ValueError for what the user can mend.
+    """
+    from orchestrate.train import read_images
+
+    out = cluster.absolute(str(out))
+    started = time.monotonic()
+    recipe = replace(recipe, defense=None)
+    with journal.held(out, "an audit in "):
+        with cluster.connected(recipe.cluster) as resources:
+            _check(recipe, resources)
+            with Phase("data") as phase:
+                dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
+            model, cfg, told = audit_model.get(recipe, dataset, out, options.checkpoint, options.model, options.epochs)
+            recipe = audit_model.as_seen(recipe, cfg)
+            dataset, images = read_images(recipe, dataset, prepared.streams(recipe, dataset))
+            found = _found(recipe, options, out, dataset, images)
+            found.facts |= told
+            _score(found, model, cfg)
+            _table(found)
+            seen = _seen(found)
+        found.facts["seconds"] = time.monotonic() - started
+        return _write(found, seen)
+
+
+def _check(recipe: Recipe, has: dict[str, float]) -> None:
+    c = recipe.cluster
+    for kind, each in (("CPU", c.match_cpus), ("GPU", c.match_gpus)):
+        if c.match_actors * each > has.get(kind, 0.0) + 1e-6:
+            raise ValueError(
+                f"{c.match_actors} scoring actors × {each:g} {kind}, but there are {has.get(kind, 0.0):g} {kind}: lower "
+                f"cluster.match_actors or cluster.match_{kind.lower()}s."
+            )
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------------------
+
+
+def _found(recipe: Recipe, options: Options, out: Path, dataset: Dataset, images: Any) -> Audit:
+    """The pairs to score: the recipe's training set; where nothing is planted, held-out pairs cut from the same files too."""
+    ready = prepared.plan(recipe, dataset)
+    table, parts = ready.table, [""] * ready.table.num_rows
+    if ready.manifest:
+        names = sorted((part["name"] for part in ready.manifest.header["parts"]), key=len, reverse=True)
+        rows = zip(table["id"].to_pylist(), table["stamp"].to_pylist(), table["poison"].to_pylist(), strict=True)
+        parts = [(s or next(n for n in names if i.startswith(f"poison-{n}-"))) if bad else "" for i, s, bad in rows]
+    elif dataset.carved:
+        table = pa.concat_tables([table, prepared.unpoisoned(dataset.heldout, recipe.seed)])
+        parts = [""] * table.num_rows
+    if table.num_rows <= 2 * K:
+        raise ValueError(f"{table.num_rows} pairs are too few to audit: above {2 * K} are needed.")
+    held = None if images is None else (images[0], prepared.place_of(table, images[1]))
+    facts = {"data": dataset.name, "fingerprint": fingerprint(dataset), "pairs": table.num_rows, "seed": recipe.seed}
+    facts |= {"attack": recipe.attack.use if recipe.attack else "none", "poison": sum(map(bool, parts)), "report": dataset.report}
+    return Audit(recipe, options, out, dataset, table, parts, held, facts)
+
+
+def _score(found: Audit, model: Any, cfg: dict[str, Any]) -> None:
+    """Every pair through the actors, or from the parts that are there."""
+    from orchestrate import audit_actors
+
+    recipe, table = found.recipe, found.table
+    count = table.num_rows
+    found.pool = draw_pool(table, max(min(POOL, count), round(SHARE * count)), recipe.seed, 0).captions
+    weights = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
+    why_not = audit_model.no_tokens(model, cfg)
+    found.facts["transport"] = why_not or "used"
+    size = found.options.batch
+    if found.images is None:  # neighbouring rows together, so that a file is read in stretches
+        order = prepared.order(count, recipe.seed, 0, (audit_actors.TOGETHER * size, size))
+    else:
+        order = np.argsort(ranks(table["id"].to_pylist(), recipe.seed, "audit"), kind="stable")
+    work = audit_actors.Work(recipe, table, found.images, order, weights, cfg, found.pool, not why_not)
+    items = audit_actors.parts(count, size)
+    folder = found.out / "parts"
+    _claim(folder, _plan(found, weights))
+    began = time.monotonic()
+    fresh = 0
+    with Phase("score", count, "pair") as phase:
+        for number, done in enumerate(audit_actors.run(work, folder, items)):
+            fresh = fresh if number else done
+            rate = (done - fresh) / max(1e-6, time.monotonic() - began)
+            phase.at(done, f"{rate:,.0f} pairs/s" if number else "")
+    found.facts |= {
+        "seconds/score": time.monotonic() - began,
+        "actors": recipe.cluster.match_actors,
+        "resumed": fresh,
+        "pool": len(found.pool),
+    }
+    found.columns, found.sums = audit_actors.read(folder, items, count)
+
+
+def _plan(found: Audit, weights: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What the parts depend on."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(weights):
+        digest.update(name.encode() + np.ascontiguousarray(weights[name]).tobytes())
+    ids = hashlib.blake2b("\n".join(found.table["id"].to_pylist()).encode(), digest_size=8).hexdigest()
+    named = {
+        "pairs": found.table.num_rows,
+        "ids": ids,
+        "weights": digest.hexdigest(),
+        "batch": found.options.batch,
+        "stream": found.images is None,
+    }
+    return named | {"data": found.facts["fingerprint"], "attack": found.recipe.as_dict()["attack"], "seed": found.recipe.seed}
+
+
+def _claim(folder: Path, plan: dict[str, Any]) -> None:
+    """ValueError where the folder holds parts of another audit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "plan.json"
+    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(plan)):
+        raise ValueError(f"{folder.parent} holds an audit of other data, another model or another seed: give another --out, or remove it.")
+    journal.replace(file, json.dumps(plan, indent=1).encode())
+
+
+def _table(found: Audit) -> None:
+    """scores.parquet, and what it is worth where the poison is known."""
+    table, columns = found.table, found.columns
+    captions = table["caption"].to_pylist()
+    with Phase("rank"):
+        found.columns["group"] = duplicates.groups(columns.pop("signs"), columns.pop("thumbs"))
+        scores: dict[str, Any] = {name: columns[name] for name in ("kdist", "slof", "dao", "clip", "transport") if name in columns}
+        scores |= {"conflict": duplicates.conflict(columns["group"], captions), "repeats": duplicates.repeats(captions)}
+        if found.options.rounds:
+            scores["moved"] = audit_scores.moved(Path(found.options.rounds), table["id"], captions)
+        header = {name: found.facts[name] for name in ("data", "fingerprint", "attack", "seed", "pairs", "epochs", "model")}
+        found.scores = audit_scores.table(table["id"], scores, header)
+        part = found.out / "scores.parquet.part"
+        pq.write_table(found.scores, part, compression="zstd")
+        part.replace(found.out / "scores.parquet")
+    poison = np.array([bool(name) for name in found.parts])
+    if poison.any():
+        found.facts["measured"] = audit_scores.measured(found.scores, poison, np.array(found.parts))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Pixels of the most suspicious pairs: those of the page, and of those with something in common different images."""
+
+    rows: np.ndarray
+    images: np.ndarray
+    words: list[Word]
+    trigger: Trigger | None
+
+
+def _seen(found: Audit) -> Seen:
+    """Look at the most suspicious pairs: what the clean set leaves out, but some at least and not too many."""
+    from orchestrate.audit_actors import local_pixels
+
+    pixels = local_pixels(found.recipe, found.table, found.images)
+    order = np.argsort(found.scores["rank"].to_numpy())
+    budget = audit_scores.budget(found.options.drop, len(order))
+    top = order[: min(len(order), max(LOOK[0], min(LOOK[1], budget)))]
+    captions = found.table["caption"].to_pylist()
+    words = audit_cause.words(captions, top)
+    named = [i for i in top if words and words[0].text in set(WORDS(captions[i].lower()))]
+    for rows in (np.array(named, int), top):
+        different = rows[np.sort(np.unique(found.columns["group"][rows], return_index=True)[1])]  # of near-duplicates one
+        if trigger := audit_cause.trigger(pixels.take(different), found.sums["mean"], found.sums["square"]):
+            break
+    return Seen(order[: audit_page.SHOWN], pixels.take(order[: audit_page.SHOWN]), words, trigger)
+
+
+def _write(found: Audit, seen: Seen) -> dict[str, Any]:
+    """The rest of the folder."""
+    scores, facts = found.scores, found.facts
+    many = audit_scores.budget(found.options.drop, found.table.num_rows)
+    kept = scores["rank"].to_numpy() > many
+    facts |= {"removed": many, "poison_removed": sum(bool(name) for name, stays in zip(found.parts, kept, strict=True) if not stays)}
+    facts |= audit_clean.write(found.out, found.table, kept, found.dataset.heldout, found.options.copy_gb, found.recipe.attack is not None)
+    facts |= {"words": [[word.text, word.here, word.of] for word in seen.words], "region": seen.trigger.box if seen.trigger else None}
+    nearest = found.columns["nearest"]
+    shown = audit_page.Shown(seen.rows, seen.images)
+    page = found.out / "audit.html"
+    audit_page.write(page, facts, scores, found.table, found.parts, nearest, found.pool, shown, seen.words, seen.trigger)
+    journal.replace(found.out / "audit.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+    return facts
