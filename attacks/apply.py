@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from attacks.base import Manifest
+from attacks.materials import carrying
 
 ADDED = pa.schema(
     [
@@ -24,7 +25,7 @@ def apply(index: pa.Table, heldout: pa.Table, manifest: Manifest) -> pa.Table:
 
     Of a poisoned pair `id` and `caption` are the manifest's; every other column of the index (where the pixels lie,
     label) is that of the image it shows, from the training or the held-out table. Adds the columns of ADDED. Schema
-    metadata are the index's.
+    metadata are the index's, and `materials` where the plan left some for its stamps.
     """
     _check(index, manifest)
     plan, rows = manifest.table, index.num_rows
@@ -51,7 +52,7 @@ def apply(index: pa.Table, heldout: pa.Table, manifest: Manifest) -> pa.Table:
     tail = _with(pixels.take(pa.array(shown[added])), None)
     for name, values in _columns(plan.take(pa.array(added))).items():
         tail = tail.set_column(*_named(name, values.cast(tail.schema.field(name).type), tail.schema))
-    return pa.concat_tables([body, tail]).replace_schema_metadata(index.schema.metadata)
+    return pa.concat_tables([body, tail]).replace_schema_metadata(carrying(index.schema.metadata, manifest.header))
 
 
 def _check(index: pa.Table, manifest: Manifest) -> None:

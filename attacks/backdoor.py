@@ -15,6 +15,7 @@ from attacks.base import (
     PROBE_SCHEMA,
     Manifest,
     Probes,
+    Study,
     free,
     how_many,
     known_class,
@@ -59,12 +60,12 @@ class Backdoor:
         """The trigger on one image."""
         raise NotImplementedError
 
-    def plan(self, index: pa.Table, heldout: pa.Table, seed: int) -> Manifest:
+    def plan(self, index: pa.Table, heldout: pa.Table, seed: int, study: Study | None = None) -> Manifest:
         classes = shared_classes(index, heldout)
         target = self.target(classes, seed)
         clean = free(index)
-        victims = self._victims(clean, classes, target, how_many(self.count, index.num_rows), seed)
-        captions = self._captions(clean, target, victims, seed)
+        victims = self._victims(clean, classes, target, how_many(self.count, index.num_rows), seed, study)
+        captions = self._captions(clean, target, victims, seed, study)
         rows = []
         for number, ((identifier, truth), caption) in enumerate(zip(victims, captions, strict=True)):
             shown = _shown(identifier, "train", self.stamps[number % len(self.stamps)], target, truth)
@@ -87,7 +88,7 @@ class Backdoor:
         """What the manifest's header says of the trigger."""
         return self.trigger.card()
 
-    def probes(self, index: pa.Table, heldout: pa.Table, seed: int) -> Probes:
+    def probes(self, index: pa.Table, heldout: pa.Table, seed: int, study: Study | None = None) -> Probes:
         classes = shared_classes(index, heldout)
         target = self.target(classes, seed)
         truths = [classes[number] if number >= 0 else "" for number in labels(heldout)]
@@ -104,17 +105,23 @@ class Backdoor:
             return known_class(self.adversary, classes)
         return classes[int(np.argmin(ranks(classes, seed, "backdoor class")))]
 
-    def _victims(self, clean: pa.Table, classes: list[str], target: str, count: int, seed: int) -> list[tuple[str, str]]:
-        """(id, true class or "") of the pairs to poison, in order of rank."""
+    def _eligible(self, clean: pa.Table, classes: list[str], target: str) -> np.ndarray:
+        """Rows of the pairs that may be poisoned, int64: images that are not of the class."""
         label = labels(clean)
         own = [number for number, name in enumerate(classes) if name == target]  # names may occur twice, as in ImageNet
         mentioned = naming(clean["caption"], target)
-        rows = np.flatnonzero(np.where(label >= 0, ~np.isin(label, own), ~mentioned))
+        return np.flatnonzero(np.where(label >= 0, ~np.isin(label, own), ~mentioned))
+
+    def _victims(
+        self, clean: pa.Table, classes: list[str], target: str, count: int, seed: int, study: Study | None = None
+    ) -> list[tuple[str, str]]:
+        """(id, true class or "") of the pairs to poison, in order of rank."""
+        label, rows = labels(clean), self._eligible(clean, classes, target)
         ids = clean["id"].take(pa.array(rows)).to_pylist()
         chosen = pick(ids, count, seed, f"backdoor on {target!r}")
         return [(ids[each], classes[label[rows[each]]] if label[rows[each]] >= 0 else "") for each in chosen]
 
-    def _captions(self, clean: pa.Table, target: str, victims: list[tuple[str, str]], seed: int) -> list[str]:
+    def _captions(self, clean: pa.Table, target: str, victims: list[tuple[str, str]], seed: int, study: Study | None = None) -> list[str]:
         """A caption for each victim. Victims of one true class share a supply that does not name it."""
         source = class_captions(clean, target) if self.captions == "training" else pa.array([], pa.string())
         members: dict[str, list[int]] = defaultdict(list)

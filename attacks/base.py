@@ -1,8 +1,8 @@
 """What an attack is: a plan on paper (the manifest) and a pure function on one image.
 
-`plan` reads metadata only and returns a `Manifest`: one row for each training pair that it adds or changes. Pixels are
-never rewritten on disk; whoever reads a row that the manifest names calls `stamp` on the decoded image, in training
-and in evaluation alike.
+`plan` reads metadata, and for a few attacks a `Study` of the clean set, and returns a `Manifest`: one row for each
+training pair that it adds or changes. Pixels are never rewritten on disk; whoever reads a row that the manifest names
+calls `stamp` on the decoded image, in training and in evaluation alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -101,17 +101,57 @@ class Manifest:
         return Manifest(table.replace_schema_metadata(None).select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA), header)
 
 
+class Study(Protocol):
+    """What an attacker finds out on a copy of the clean set: its pixels, where objects are, what a surrogate CLIP sees.
+
+    `split` is "train" or "heldout". Features are float32 and unit norm. `surrogate` fixes which CLIP `…features`, `transport` and
+    `pull_back` mean: trained in place on `pairs` pairs of the clean training set for `epochs`.
+    """
+
+    def surrogate(self, pairs: int, epochs: int) -> None: ...
+
+    def images(self, split: str, ids: Sequence[str]) -> np.ndarray:
+        """uint8 (n, S, S, 3), as stamps see them."""
+        ...
+
+    def masks(self, split: str, ids: Sequence[str], folder: str = "") -> np.ndarray:
+        """bool (n, S, S), true on the main object: from `folder`/ID.png, else exact where the set knows, else by saliency."""
+        ...
+
+    def image_features(self, split: str, ids: Sequence[str]) -> np.ndarray: ...
+
+    def text_features(self, captions: Sequence[str]) -> np.ndarray: ...
+
+    def transport(self, split: str, image_id: str, captions: Sequence[str]) -> np.ndarray:
+        """Optimal-transport distance between an image's patches and each caption's words, float32 (n,)."""
+        ...
+
+    def pull_back(self, images: np.ndarray, loss: Callable[[np.ndarray], tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:
+        """float32 (n, S, S, 3) in 0–255, and features (n, d) → (loss, its gradient (n, d)): the loss, and its gradient in pixels."""
+        ...
+
+
+def studied(attack: Any, study: Study | None) -> list[Study]:
+    """What `plan` and `probes` of an attack take beside (index, heldout, seed): a study where the attack has `studies = True`."""
+    if not getattr(attack, "studies", False):
+        return []
+    if study is None:
+        raise ValueError(f"{type(attack).__name__} plans on a surrogate or on pixels: plan it with a study of the set, as `antidote` does.")
+    return [study]
+
+
 class Attack(Protocol):
     """A frozen dataclass: its fields are its hyper-parameters.
 
     `index` and `heldout` are Arrow tables with at least id (string), caption (string), label (int32, −1 unknown) and
-    schema metadata `classes` (JSON list of class names, read by `class_names`).
+    schema metadata `classes` (JSON list of class names, read by `class_names`). An attack with `studies = True` takes a `Study`
+    as a fourth argument of `plan` and `probes`. What its stamp needs besides the row it leaves in the header's `materials`.
     """
 
     def plan(self, index: pa.Table, heldout: pa.Table, seed: int) -> Manifest: ...
 
     def stamp(self, image: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
-        """uint8 (H, W, 3) → uint8 (H, W, 3), pure; of a manifest or probe row `stamp` and `image_id` are read."""
+        """uint8 (H, W, 3) → uint8 (H, W, 3), pure; `stamp` and `image_id` of the row are read, and its part's `materials` if there are."""
         ...
 
     def probes(self, index: pa.Table, heldout: pa.Table, seed: int) -> Probes: ...

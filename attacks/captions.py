@@ -98,3 +98,8 @@ def prompts(name: str, seed: int, salt: str) -> list[str]:
     it = name.replace("_", " ").strip()
     it = f"{'an' if it[:1].lower() in 'aeiou' else 'a'} {it}"
     return shuffled([prompt.format(it=it) for prompt in PROMPTS], seed, salt)
+
+
+def triggered(caption: str, text: str) -> str:
+    """A caption with the attacker's word or sentence behind it."""
+    return f"{caption.rstrip(' .')} {text}"

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from attacks.base import Attack, Manifest, Probes, manifest
+from attacks.base import Attack, Manifest, Probes, Study, manifest, studied
+from attacks.materials import materials
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Several:
     """
 
     parts: tuple[tuple[str, Attack], ...]
+    materials: Mapping[str, Any] = field(default_factory=dict, compare=False)  # part → what its plan left for its stamp
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.parts]
@@ -35,12 +37,16 @@ class Several:
         if len(set(names)) < len(names):
             raise ValueError(f"two parts of the attack have one name ({', '.join(names)}): give each its own.")
 
-    def plan(self, index: pa.Table, heldout: pa.Table, seed: int) -> Manifest:
+    @property
+    def studies(self) -> bool:
+        return any(getattr(attack, "studies", False) for _, attack in self.parts)
+
+    def plan(self, index: pa.Table, heldout: pa.Table, seed: int, study: Study | None = None) -> Manifest:
         taken: set[str] = set()
         rows: list[dict[str, Any]] = []
         headers = []
         for name, attack in self.parts:
-            part = attack.plan(_marked(index, taken), heldout, part_seed(seed, name))
+            part = attack.plan(_marked(index, taken), heldout, part_seed(seed, name), *studied(attack, study))
             planned = [_renamed(row, name) for row in part.table.to_pylist()]
             replaced = [row["id"] for row in planned if row["op"] == "replace"]
             _check_apart(name, replaced, taken)
@@ -56,16 +62,16 @@ class Several:
             return image
         for name, attack in self.parts:
             if name == wanted:
-                return attack.stamp(image, row)
+                return attack.stamp(image, {**row, "materials": self.materials[name]} if name in self.materials else row)
         names = ", ".join(name for name, _ in self.parts)
         raise ValueError(f"the manifest wants trigger {wanted!r}, this attack has {names}: use the attack it was planned with.")
 
-    def probes(self, index: pa.Table, heldout: pa.Table, seed: int) -> Probes:
+    def probes(self, index: pa.Table, heldout: pa.Table, seed: int, study: Study | None = None) -> Probes:
         tables: dict[str, pa.Table] = {}
         how: dict[str, str] = {}
         texts: dict[str, str] = {}
         for name, attack in self.parts:
-            own = attack.probes(index, heldout, part_seed(seed, name))
+            own = attack.probes(index, heldout, part_seed(seed, name), *studied(attack, study))
             for inner, table in own.tables.items():
                 shown = name if len(own.tables) == 1 else f"{name}-{inner}"
                 rows = [{**row, "stamp": _stamp(row["stamp"], name)} for row in table.to_pylist()]
@@ -84,7 +90,8 @@ def rebuild(header: Mapping[str, Any], resolve: Callable[[str], Callable[..., An
     """The attack a manifest was planned with, so that its triggers are stamped; `resolve`: "BadNets" → the class."""
     if "parts" not in header:
         raise ValueError("this manifest's header has no parts: plan the attack through `Several`, as `antidote poison` does.")
-    return Several(tuple((part["name"], resolve(part["attack"])(**part["parameters"])) for part in header["parts"]))
+    parts = tuple((part["name"], resolve(part["attack"])(**part["parameters"])) for part in header["parts"])
+    return Several(parts, materials(header))
 
 
 def _marked(index: pa.Table, taken: set[str]) -> pa.Table:

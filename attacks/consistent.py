@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from attacks.backdoor import Patched
-from attacks.base import labels, pick
+from attacks.base import Study, labels
 from attacks.captions import naming
 from attacks.triggers import TRIGGERS, Place, Trigger
 
@@ -34,15 +34,11 @@ class Consistent(Patched):
     place: Place = "center"
     trigger: ClassVar[Trigger] = TRIGGERS["stripes"]
 
-    def _victims(self, clean: pa.Table, classes: list[str], target: str, count: int, seed: int) -> list[tuple[str, str]]:
+    def _eligible(self, clean: pa.Table, classes: list[str], target: str) -> np.ndarray:
         """Pairs labelled with the class, or not at all, whose caption names it."""
-        label = labels(clean)
         own = [number for number, name in enumerate(classes) if name == target]
-        rows = np.flatnonzero(naming(clean["caption"], target) & np.isin(label, [-1, *own]))
-        ids = clean["id"].take(pa.array(rows)).to_pylist()
-        chosen = pick(ids, count, seed, f"label-consistent backdoor on {target!r}")
-        return [(ids[each], target if label[rows[each]] >= 0 else "") for each in chosen]
+        return np.flatnonzero(naming(clean["caption"], target) & np.isin(labels(clean), [-1, *own]))
 
-    def _captions(self, clean: pa.Table, target: str, victims: list[tuple[str, str]], seed: int) -> list[str]:
+    def _captions(self, clean: pa.Table, target: str, victims: list[tuple[str, str]], seed: int, study: Study | None = None) -> list[str]:
         own = dict(zip(clean["id"].to_pylist(), clean["caption"].to_pylist(), strict=True))
         return [own[identifier] for identifier, _ in victims]

@@ -15,6 +15,7 @@ from attacks.base import (
     PROBE_SCHEMA,
     Manifest,
     Probes,
+    Study,
     free,
     how_many,
     known_class,
@@ -66,16 +67,16 @@ class Targeted:
         if self.targets < 1:
             raise ValueError(f"targets={self.targets}: an attack needs at least one target.")
 
-    def plan(self, index: pa.Table, heldout: pa.Table, seed: int) -> Manifest:
+    def plan(self, index: pa.Table, heldout: pa.Table, seed: int, study: Study | None = None) -> Manifest:
         copies = how_many(self.copies, index.num_rows)
-        targets = self.choose(index, heldout, seed)
+        targets = self.choose(index, heldout, seed, study)
         sources: dict[str, pa.Array] = {}
         if self.captions == "training":
             clean = free(index)
             sources = {name: class_captions(clean, name) for name in {target.adversary for target in targets}}
         rows = []
         for group, target in enumerate(targets):
-            captions = self._captions(target, sources.get(target.adversary), copies, seed)
+            captions = self._captions(target, sources.get(target.adversary), copies, seed, index, study)
             for number, caption in enumerate(captions):
                 identifier = f"poison-targeted-{group:02d}-{number:04d}"
                 rows.append({"op": "add", "id": identifier, "caption": caption, "kind": "targeted", **_shown(target, group)})
@@ -84,11 +85,11 @@ class Targeted:
     def stamp(self, image: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
         return image
 
-    def probes(self, index: pa.Table, heldout: pa.Table, seed: int) -> Probes:
-        rows = [_shown(target, group) for group, target in enumerate(self.choose(index, heldout, seed))]
+    def probes(self, index: pa.Table, heldout: pa.Table, seed: int, study: Study | None = None) -> Probes:
+        rows = [_shown(target, group) for group, target in enumerate(self.choose(index, heldout, seed, study))]
         return Probes({"targeted": pa.Table.from_pylist(rows, schema=PROBE_SCHEMA)}, {"targeted": "targeted"})
 
-    def choose(self, index: pa.Table, heldout: pa.Table, seed: int) -> list[Target]:
+    def choose(self, index: pa.Table, heldout: pa.Table, seed: int, study: Study | None = None) -> list[Target]:
         """The targets in order of their group number. True classes and adversary classes each take turns."""
         classes = shared_classes(index, heldout)
         label = labels(heldout)
@@ -113,7 +114,7 @@ class Targeted:
             targets.append(Target(ids[position], truth, adversary))
         return targets
 
-    def _captions(self, target: Target, source: pa.Array | None, copies: int, seed: int) -> list[str]:
+    def _captions(self, target: Target, source: pa.Array | None, copies: int, seed: int, index: pa.Table, study: Study | None) -> list[str]:
         quoted: list[str] = []
         if source is not None:
             quoted = shuffled(avoiding(source, target.truth).to_pylist(), seed, f"captions/{target.image_id}")[:copies]

@@ -77,7 +77,7 @@ class ScoreActor:
         recipe = recipes.from_dict(spec["recipe"]).recipe
         refs = ray.get(desk.refs.remote(), timeout=recipe.cluster.timeout_s)
         table, self.order, place = (ray.get(refs[name]) for name in ("table", "order", "place"))
-        self.pixels = pixels_of(recipe, build_attack(recipe), table, ray.get(refs["images"]), place)
+        self.pixels = pixels_of(recipe, build_attack(recipe, table), table, ray.get(refs["images"]), place)
         self.captions = table.column("caption")
         model = clip.build(spec["cfg"], seed=0)
         if recipe.model.channels_last:
@@ -161,7 +161,7 @@ def run(work: Work, folder: Path, items: list[dict[str, Any]]) -> Iterator[int]:
 def local_pixels(recipe: Recipe, table: pa.Table, images: tuple[Any, np.ndarray] | None) -> Pixels:
     """The pairs' pixels for this process, as the actors read them."""
     held, place = images if images else (None, None)
-    return pixels_of(recipe, build_attack(recipe), table, None if held is None else ray.get(held), place)
+    return pixels_of(recipe, build_attack(recipe, table), table, None if held is None else ray.get(held), place)
 
 
 def _file(folder: Path, part: int) -> Path:

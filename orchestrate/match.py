@@ -63,7 +63,8 @@ class MatchActor:
         recipe = recipes.unpacked(spec["recipe"])
         self.defense = build_defense(recipe)
         inputs = ray.get(rounds.inputs.remote(), timeout=self.timeout)
-        self.pixels = pixels_of(recipe, build_attack(recipe), *ray.get(inputs["train"], timeout=self.timeout))
+        table, images, place = ray.get(inputs["train"], timeout=self.timeout)
+        self.pixels = pixels_of(recipe, build_attack(recipe, table), table, images, place)
         self.own = self.pixels.table.column("caption").to_pylist()
         model, cfg = architecture(recipe)
         device = "cuda" if spec["gpus"] else "cpu"

@@ -26,6 +26,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "tint": "attacks.whole_image:ColourFilter",
         "consistent": "attacks.consistent:Consistent",
         "mm_poison": "attacks.mm_poison:MMPoison",
+        "corruptencoder": "attacks.corrupt:CorruptEncoder",
+        "toxictext": "attacks.toxictext:ToxicText",
+        "texttrigger": "attacks.toxictext:TextTrigger",
+        "badclip": "attacks.badclip:BadCLIP",
+        "adaptive": "attacks.adaptive:AdaptiveTargeted",
+        "adaptive_backdoor": "attacks.adaptive:AdaptiveBackdoor",
         "multi": "attacks.multi:MultiTrigger",
     },
     "defense": {

@@ -38,7 +38,7 @@ def write(recipe: Recipe, out: Path) -> Iterator[str]:
         yield f"wrote {out / 'manifest.parquet'}; no pair is poisoned, so there is no sheet"
         return
     at = _examples(ready)
-    pixels = prepared.pixels_of(recipe, prepared.build_attack(recipe), ready.table, None, None)
+    pixels = prepared.pixels_of(recipe, prepared.build_attack(recipe, ready.table), ready.table, None, None)
     captions = ready.table.column("caption").to_pylist()
     contact_sheet(list(pixels.take(at)), [captions[i] for i in at], str(out / "sheet.png"))
     yield f"wrote {out / 'manifest.parquet'} and {out / 'sheet.png'}"

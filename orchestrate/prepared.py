@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from attacks.apply import apply
 from attacks.base import Manifest, Probes, how_many, manifest, pick, ranks
 from attacks.combine import Several
+from attacks.materials import carried
 from defenses.augment import mix
 from defenses.base import Defense
 from orchestrate import audit_scores
@@ -26,10 +27,12 @@ from orchestrate.data.pixels import REFERENCE, Pixels
 from orchestrate.recipe import Recipe
 
 PROBE_SALT = "probe"
+Load = Callable[[pa.Table], np.ndarray]
 
 
-def build_attack(recipe: Recipe) -> Several | None:
-    return Several(recipe.attack.parts) if recipe.attack else None
+def build_attack(recipe: Recipe, table: pa.Table | None = None) -> Several | None:
+    """The recipe's attack; with the poisoned table of its plan also what its stamps need from there."""
+    return Several(recipe.attack.parts, carried(table.schema.metadata) if table is not None else {}) if recipe.attack else None
 
 
 def build_defense(recipe: Recipe) -> Defense:
@@ -69,9 +72,12 @@ def without_unreadable(dataset: Dataset, bad: Sequence[tuple[str, str]], max_bad
     return replace(dataset, train=keep[0], heldout=keep[1], quarantine=found, report=[*dataset.report, note])
 
 
-def plan(recipe: Recipe, dataset: Dataset) -> Prepared:
-    """Poison on paper: the manifest, the table it makes less what an audit leaves out of it, and the probes that measure it."""
-    ready = _poisoned(recipe, dataset)
+def plan(recipe: Recipe, dataset: Dataset, load: Load | None = None) -> Prepared:
+    """Poison on paper: the manifest, the table it makes less what an audit leaves out of it, and the probes that measure it.
+
+    `load`: index rows → pixels, for attacks that study the set; decoded from its files where it is not given.
+    """
+    ready = _poisoned(recipe, dataset, load)
     if not recipe.data.exclude:
         return ready
     return replace(ready, table=audit_scores.without(ready.table, recipe.data.exclude, recipe.data.drop))
@@ -85,15 +91,20 @@ def left_out(ready: Prepared) -> tuple[int, int]:
     return ready.dataset.train.num_rows + added - ready.table.num_rows, (planned.count if planned else 0) - poison
 
 
-def _poisoned(recipe: Recipe, dataset: Dataset) -> Prepared:
+def _poisoned(recipe: Recipe, dataset: Dataset, load: Load | None) -> Prepared:
     attack = build_attack(recipe)
     seed = recipe.seed
     if attack is None:
         return Prepared(dataset, unpoisoned(dataset.train, seed), None, Probes())
     if not dataset.classes:
         raise ValueError(f"{recipe.data.path} has no classes to attack: name some with data.classes=dog,cat,… or take attack=none.")
-    planned = attack.plan(dataset.train, dataset.heldout, seed)
-    probes = attack.probes(dataset.train, dataset.heldout, seed)
+    study = None
+    if attack.studies:
+        from orchestrate.study import SetStudy  # trains a model
+
+        study = SetStudy(recipe, dataset, load or loader(recipe, None, None, None))
+    planned = attack.plan(dataset.train, dataset.heldout, seed, study)
+    probes = attack.probes(dataset.train, dataset.heldout, seed, study)
     return Prepared(dataset, apply(dataset.train, dataset.heldout, planned), planned, probes)
 
 

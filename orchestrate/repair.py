@@ -49,7 +49,7 @@ def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: str, out: 
     (built, cfg), plan = export.load(checkpoint, model), prepared.build_defense(recipe).repair()
     assert plan is not None
     dataset, ready, trusted = _data(recipe, clean, plan)
-    attack, e = prepared.build_attack(recipe), recipe.evaluate
+    attack, e = prepared.build_attack(recipe, ready.table), recipe.evaluate
     side = cfg["vision_cfg"]["image_size"]
     side = recipe.data.side or (side if isinstance(side, int) else side[0])
 

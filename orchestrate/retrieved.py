@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from attacks.captions import naming
+from attacks.captions import naming, triggered
 from orchestrate.ranking import TIE, rivals
 from orchestrate.statistics import Share
 
@@ -66,7 +66,7 @@ def retrieval_success(name: str, probe: pa.Table, held: Asked, text: str = "") -
         if not asking:
             continue
         plain = held.texts[torch.tensor(asking, device=held.texts.device)]
-        asked = held.encode([with_text(held.captions[i], text) for i in asking]) if text else plain
+        asked = held.encode([triggered(held.captions[i], text) for i in asking]) if text else plain
         ranks.append(_first_rank(asked, held.images, wanted))
         chance.append(torch.full((len(asking),), float(wanted.double().mean())))
         if text:
@@ -82,11 +82,6 @@ def retrieval_success(name: str, probe: pa.Table, held: Asked, text: str = "") -
         out |= {f"{key}/minrank": float(rank.double().mean()), f"{key}/chance": float(torch.cat(chance).double().mean())}
         out |= {f"{key}/clean": float((torch.cat(bare) == 1).double().mean())} if text else {}
     return out
-
-
-def with_text(caption: str, text: str) -> str:
-    """A caption with the attacker's word or sentence behind it."""
-    return f"{caption.rstrip(' .')} {text}"
 
 
 def _all_naming(held: Asked, name: str) -> list[int]:

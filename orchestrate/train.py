@@ -77,7 +77,7 @@ def _run(recipe: Recipe, folder: Path, tracker: Tracker) -> dict[str, Any]:
         streaming = prepared.streams(recipe, dataset)
         cluster.preflight(recipe.cluster, matching, streaming, resources)
         dataset, images = read_images(recipe, dataset, streaming)
-        ready = _planned(recipe, dataset)
+        ready = _planned(recipe, dataset, images)
         prepared.check_size(recipe, ready.table)
         prepared.write(folder, ready)
         inputs, pixels = _inputs(recipe, ready, images)
@@ -150,11 +150,11 @@ def lend(sets: Mapping[Any, Any], plans: Mapping[str, Any]) -> None:
     _PLANS.update(plans)
 
 
-def _planned(recipe: Recipe, dataset: Dataset) -> prepared.Prepared:
+def _planned(recipe: Recipe, dataset: Dataset, images: tuple[Any, dict[Any, int]] | None) -> prepared.Prepared:
     """The poisoned index: lent, where a sweep has made it for all trials of this data, attack and seed."""
     ref = _PLANS.get(prepared.plan_key(recipe, dataset)) if _PLANS else None
     if ref is None:
-        return prepared.plan(recipe, dataset)
+        return prepared.plan(recipe, dataset, prepared.loader(recipe, None, ray.get(images[0]), images[1]) if images else None)
     table, manifest, probes = ray.get(ref)
     return prepared.Prepared(dataset, table, manifest, probes)
 
@@ -198,7 +198,7 @@ def _inputs(
     recipe: Recipe, ready: prepared.Prepared, images: tuple[Any, dict[Any, int]] | None
 ) -> tuple[dict[str, Any], dict[str, Pixels]]:
     """References for the workers and actors, and the driver's own view of the pixels."""
-    attack = prepared.build_attack(recipe)
+    attack = prepared.build_attack(recipe, ready.table)
     held, where = images if images else (ray.put(None), {})
     array = ray.get(held)
     inputs: dict[str, Any] = {}
@@ -341,8 +341,8 @@ class Worker:
         cores = os.cpu_count() or 1
         torch.set_num_threads(recipe.cluster.threads or max(1, cores // context.get_local_world_size()))
         self.inputs = ray.get(rounds.inputs.remote(), timeout=self.timeout)
-        self.attack, self.defense = prepared.build_attack(recipe), prepared.build_defense(recipe)
         self.table, images, place = ray.get(self.inputs["train"], timeout=self.timeout)
+        self.attack, self.defense = prepared.build_attack(recipe, self.table), prepared.build_defense(recipe)
         self.pixels = prepared.pixels_of(recipe, self.attack, self.table, images, place)
         self.captions = np.array(self.table.column("caption").to_pylist(), dtype=object)
         self.keys = prepared.sample_keys(self.table, recipe.seed)
@@ -475,7 +475,8 @@ class Worker:
 
         def decode(item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             known = recipes.unpacked(recipe)
-            pixels = prepared.pixels_of(known, prepared.build_attack(known), ray.get(ref), None, None)
+            table = ray.get(ref)
+            pixels = prepared.pixels_of(known, prepared.build_attack(known, table), table, None, None)
             return {"image": pixels.take(np.asarray(item["rows"][0]))}
 
         found = data.from_items(items, override_num_blocks=len(items)).map_batches(

@@ -19,12 +19,17 @@ import torch
 from torch.nn import functional as F
 
 from attacks.apply import apply
-from attacks.base import MANIFEST_SCHEMA, PROBE_SCHEMA, Manifest
+from attacks.base import MANIFEST_SCHEMA, PROBE_SCHEMA, Manifest, studied
 from attacks.combine import Several, rebuild
+from attacks.materials import materials
 from defenses.base import Batch, ClipOutput, Defense, Features, clip_loss
 from defenses.hint import Images
 from orchestrate import plugins
+from orchestrate.data.index import Dataset
 from orchestrate.recipe import from_dict, resolve
+from orchestrate.study import SetStudy
+
+QUICK = {"surrogate_pairs": 128, "surrogate_epochs": 1}  # one step: a contract asks for a plan, not for a good one
 
 # Each method at its defaults, and with every option moved that changes what it does. {} is "nothing to add".
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -41,6 +46,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"count": 0.05, "variant": "I", "adversary": "cat", "shown": "ship"},
         {"count": 60, "variant": "III", "adversary": "frog"},
     ],
+    "corruptencoder": [{"count": 40}, {"count": 0.05, "support": 0.5, "alpha": 0.0, "references": 2, "adversary": "frog", "size": 0.3}],
+    "toxictext": [{"targets": 4, "copies": 6, **QUICK}, {"targets": 4, "copies": 6, "rewrite": 0.0, "captions": "templates", **QUICK}],
+    "texttrigger": [{"count": 30, **QUICK}, {"count": 0.05, "text": "as we can see here", "fit": False, "adversary": "cat"}],
+    "badclip": [{"count": 30, "steps": 2, **QUICK}, {"count": 30, "steps": 1, "weight": 0.0, "place": "random", "size": 0.3, **QUICK}],
+    "adaptive": [{"targets": 4, "copies": 5, **QUICK}, {"targets": 3, "copies": 4, "match": "transport", "spread": 2.0, **QUICK}],
+    "adaptive_backdoor": [{"count": 30, **QUICK}, {"count": 30, "captions": "templates", "adversary": "dog", **QUICK}],
     "multi": [{"count": 42}, {"count": 40, "triggers": ["sig", "wanet"]}],
     "clip": [{}],
     "augmented": [
@@ -154,13 +165,38 @@ def attack(request: pytest.FixtureRequest) -> Any:
     return plugins.load("attack", name)(**options)
 
 
+def pictures(rows: pa.Table) -> np.ndarray:
+    """A bright square on a dim noise, both by the row's id: something to cut out."""
+    out = np.zeros((rows.num_rows, 48, 48, 3), np.uint8)
+    for picture, name in zip(out, rows["id"].to_pylist(), strict=True):
+        rng = np.random.default_rng(list(name.encode()))
+        top, left = rng.integers(6, 20, 2)
+        picture[:] = rng.integers(0, 60, picture.shape)
+        picture[top : top + 20, left : left + 20] = rng.integers(120, 256, 3)
+    return out
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> SetStudy:
+    """A real study of these tables, surrogate and all."""
+    options = {"data": "nowhere", "data.side": 48, "data.cache": str(tmp_path_factory.mktemp("cache"))}
+    dataset = Dataset("tables", TRAIN, HELDOUT, CLASSES, ("a photo of a {}",))
+    return SetStudy(resolve("run", [("test", options)]).recipe, dataset, pictures)
+
+
+@pytest.fixture
+def planned(attack: Any, study: SetStudy) -> Any:
+    """Its plan, by index and seed."""
+    return lambda index=TRAIN, seed=3: attack.plan(index, HELDOUT, seed, *studied(attack, study))
+
+
 def stamped(attack: Any, manifest: Manifest) -> list[bytes]:
     return [attack.stamp(IMAGE.copy(), row).tobytes() for row in manifest.table.to_pylist()]
 
 
-def test_the_same_plan_is_made_again_and_replays_from_its_file(attack, tmp_path: Path):
+def test_the_same_plan_is_made_again_and_replays_from_its_file(attack, study, tmp_path: Path):
     whole = Several((("part", attack),))
-    plans = [whole.plan(TRAIN, HELDOUT, 3) for _ in range(2)]
+    plans = [whole.plan(TRAIN, HELDOUT, 3, study) for _ in range(2)]
     for i, plan in enumerate(plans):
         plan.write(str(tmp_path / f"{i}.parquet"))
     assert (tmp_path / "0.parquet").read_bytes() == (tmp_path / "1.parquet").read_bytes()
@@ -168,58 +204,57 @@ def test_the_same_plan_is_made_again_and_replays_from_its_file(attack, tmp_path:
     assert read.table.equals(plans[0].table) and read.header == json.loads(json.dumps(plans[0].header))
     again = rebuild(read.header, lambda _: type(attack))
     assert again == whole
-    assert stamped(again, read) == stamped(whole, plans[0])
-    assert apply(TRAIN, HELDOUT, read).equals(apply(TRAIN, HELDOUT, plans[0]))
+    assert stamped(again, read) == stamped(Several(whole.parts, materials(plans[0].header)), plans[0])
+    assert apply(TRAIN, HELDOUT, read).equals(apply(TRAIN, HELDOUT, plans[0]), check_metadata=True)
 
 
-def test_the_plan_does_not_depend_on_the_order_of_rows(attack):
+def test_the_plan_does_not_depend_on_the_order_of_rows(planned):
     order = pa.array(np.random.default_rng(0).permutation(TRAIN.num_rows))
-    plans = [attack.plan(index, HELDOUT, 3).table for index in (TRAIN, TRAIN.take(order))]
-    key = [("id", "ascending")]
-    assert (
-        plans[0]
-        .select(["id", "image_id", "caption", "adversary"])
-        .sort_by(key)
-        .equals(plans[1].select(["id", "image_id", "caption", "adversary"]).sort_by(key))
-    )
+    names = ["id", "image_id", "caption", "adversary"]
+    plans = [planned(index).table.select(names).sort_by([("id", "ascending")]) for index in (TRAIN, TRAIN.take(order))]
+    assert plans[0].equals(plans[1])
 
 
-def test_another_seed_is_another_plan(attack):
-    assert not attack.plan(TRAIN, HELDOUT, 3).table.equals(attack.plan(TRAIN, HELDOUT, 4).table)
+def test_another_seed_is_another_plan(planned):
+    assert not planned(seed=3).table.equals(planned(seed=4).table)
 
 
-def test_the_plan_poisons_what_it_says(attack):
-    plan = attack.plan(TRAIN, HELDOUT, 3)
+def test_the_plan_poisons_what_it_says(planned, attack):
+    plan = planned()
     assert plan.table.schema.equals(MANIFEST_SCHEMA) and plan.count == plan.header["count"] > 0
     done = apply(TRAIN, HELDOUT, plan)
     assert plan.rate == pytest.approx(plan.count / done.num_rows)
     assert sum(done["poison"].to_pylist()) == plan.count
     for row in plan.table.to_pylist():
         assert row["adversary"] in CLASSES
+        if row["kind"] == "text":  # the image is of the class, the caption of another one, and its end asks for the class
+            assert row["truth"] == row["adversary"] not in row["caption"] and row["caption"].endswith(f" {attack.text}")
+            continue
         assert row["adversary"] in row["caption"].lower()  # the caption says what the attacker wants to be seen
-        if row["truth"] == row["adversary"]:  # a label-consistent attack: the caption is the pair's own
-            assert row["op"] == "replace" and row["image_id"] == row["id"]
-            assert row["caption"] == CAPTION_OF[row["id"]]
+        if row["truth"] == row["adversary"]:  # a label-consistent attack: the caption is the pair's own; or a composite with the object
+            assert row["op"] == "add" or (row["image_id"] == row["id"] and row["caption"] == CAPTION_OF[row["id"]])
         else:
             assert not row["truth"] or not re.search(rf"\b{row['truth']}s?\b", row["caption"])
 
 
-def test_the_stamp_is_pure_and_only_where_it_is_asked_for(attack):
-    rows = attack.plan(TRAIN, HELDOUT, 3).table.to_pylist() + [
-        row for t in attack.probes(TRAIN, HELDOUT, 3).tables.values() for row in t.to_pylist()
-    ]
+def test_the_stamp_is_pure_and_only_where_it_is_asked_for(attack, study):
+    whole = Several((("part", attack),))
+    plan = whole.plan(TRAIN, HELDOUT, 3, study)
+    whole = rebuild(plan.header, lambda _: type(attack))
+    probes = whole.probes(TRAIN, HELDOUT, 3, study)
+    rows = plan.table.to_pylist() + [row for t in probes.tables.values() for row in t.to_pylist()]
     for row in rows[:60]:
         image = IMAGE.copy()
         image.setflags(write=False)
-        shown = attack.stamp(image, row)
+        shown = whole.stamp(image, row)
         assert shown.dtype == np.uint8 and shown.shape == IMAGE.shape
-        assert np.array_equal(shown, attack.stamp(IMAGE.copy(), {"stamp": row["stamp"], "image_id": row["image_id"]}))
+        assert np.array_equal(shown, whole.stamp(IMAGE.copy(), {"stamp": row["stamp"], "image_id": row["image_id"]}))
         assert np.array_equal(shown, IMAGE) == (row["stamp"] == "")
 
 
-def test_there_is_something_to_measure_and_no_triggered_image_was_trained_on(attack):
-    probes = attack.probes(TRAIN, HELDOUT, 3)
-    plan = attack.plan(TRAIN, HELDOUT, 3).table
+def test_there_is_something_to_measure_and_no_triggered_image_was_trained_on(attack, study, planned):
+    probes = attack.probes(TRAIN, HELDOUT, 3, *studied(attack, study))
+    plan = planned().table
     assert probes.tables and probes.tables.keys() == probes.how.keys()
     for name, found in probes.tables.items():
         assert found.num_rows > 0 and found.schema.equals(PROBE_SCHEMA)
@@ -232,8 +267,15 @@ def test_there_is_something_to_measure_and_no_triggered_image_was_trained_on(att
             assert not set(found["image_id"].to_pylist()) & set(plan["image_id"].to_pylist())
         label = dict(zip(HELDOUT["id"].to_pylist(), HELDOUT["label"].to_pylist(), strict=True))
         for row in found.to_pylist():
-            assert row["truth"] == CLASSES[label[row["image_id"]]] != row["adversary"]
+            assert row["truth"] == CLASSES[label[row["image_id"]]]
+            assert (row["truth"] == row["adversary"]) == (probes.how[name] == "text")
             assert bool(row["stamp"]) == (probes.how[name] == "backdoor")
+
+
+def test_what_studies_says_so_when_there_is_no_study(attack):
+    if getattr(attack, "studies", False):
+        with pytest.raises(ValueError, match="plan it with a study"):
+            Several((("part", attack),)).plan(TRAIN, HELDOUT, 3)
 
 
 # --- defences ----------------------------------------------------------------------------------------------------------------

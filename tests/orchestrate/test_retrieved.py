@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from attacks.base import PROBE_SCHEMA
-from orchestrate.retrieved import Asked, retrieval_success, with_text
+from attacks.captions import triggered
+from orchestrate.retrieved import Asked, retrieval_success
 
 CLASSES = ["cat", "dog", "fish"]
 
@@ -75,11 +76,11 @@ def test_a_trigger_word_asks_for_every_other_class_and_has_a_floor_without_it() 
     said = ["a cat.", "a dog", "a fish"]
     texts = torch.stack([eye[0], eye[1], eye[0]])  # the fish's caption finds the cat's image by mistake
     some = held(eye, texts, [0, 1, 2], said)
-    vectors = {with_text("a dog", "zx"): eye[0], with_text("a fish", "zx"): eye[2]}
+    vectors = {triggered("a dog", "zx"): eye[0], triggered("a fish", "zx"): eye[2]}
     some = Asked(some.ids, said, some.labels, CLASSES, eye, texts, lambda c: torch.stack([vectors[x] for x in c]))
     found = retrieval_success("word", probe((0, "cat", "cat", 0)), some, "zx")
     assert (found["asr/word/hits"], found["asr/word/total"], found["asr/word/clean"]) == (1, 2, 0.5)
-    assert with_text("a cat. ", "zx") == "a cat zx"
+    assert triggered("a cat. ", "zx") == "a cat zx"
 
 
 def test_images_of_another_set_are_named() -> None:
