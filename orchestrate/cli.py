@@ -166,14 +166,10 @@ def _run(args: argparse.Namespace) -> None:
     found = resolved(args.recipe, args.overrides)
     for one in found:  # every plan is checked before the first run starts
         _check(one.recipe)
-    from orchestrate import cluster
+    from orchestrate import suite
     from orchestrate.report import text_table, write_report
-    from orchestrate.train import fit
 
-    results = []
-    with cluster.session(found[0].recipe.cluster, len(found) > 1):
-        for one in found:
-            results.append(fit(one.recipe, force=args.force))
+    results = suite.run([one.recipe for one in found], force=args.force)
     print(text_table(results))
     folders = [Path(result["run"]) for result in results]
     page = folders[0] / "report.html"

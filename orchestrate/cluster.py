@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,37 @@ def connected(cluster: Cluster, dashboard: bool = False) -> Iterator[dict[str, f
             ray.shutdown()
 
 
-@contextlib.contextmanager
-def session(cluster: Cluster, several: bool) -> Iterator[None]:
-    """One Ray session for several runs; a single run opens its own when it has data to read."""
-    with connected(cluster) if several else contextlib.nullcontext():
-        yield
+def nodes() -> list[dict[str, float]]:
+    """The resources of each living node of the session."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def parallel(
+    call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], at_once: int, look: Callable[[], None]
+) -> Iterator[tuple[int, Any]]:
+    """`call(*arguments[i])`, each in a process of its own on this node that holds no CPU: (i, result) as they end; `look` once a second.
+
+    What the calls start themselves must fit beside one another: see `slots`. An interrupt ends all of them.
+    """
+    import ray
+
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(call).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+    waiting, running = list(enumerate(arguments)), dict[Any, int]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                i, words = waiting.pop(0)
+                running[remote.remote(*words)] = i
+            ended, _ = ray.wait(list(running), timeout=1)
+            look()
+            for ref in ended:
+                yield running.pop(ref), ray.get(ref)
+    finally:
+        for ref in running:
+            ray.cancel(ref, force=True)
 
 
 def quiet_data(*, in_order: bool = False) -> Any:

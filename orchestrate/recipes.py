@@ -173,7 +173,16 @@ SUITES: dict[str, tuple[str, tuple[str, ...], Layer]] = {
         "the same poisoned scenes learnt undefended, augmented, with RoCLIP and with OTCCLIP",
         ("clip", "augmented", "roclip", "otcclip"),
         # Less than the small scale, to be done in minutes; half the batch makes up for some of the steps.
-        {"data.size": 4000, "train.epochs": 14, "train.batch": 64, "train.warmup": 100, "attack.blended.count": 70},
+        # Shares of a core by which Ray counts: two members fit on two cores, and do more there than one with two threads.
+        {
+            "data.size": 4000,
+            "train.epochs": 14,
+            "train.batch": 64,
+            "train.warmup": 100,
+            "attack.blended.count": 70,
+            "cluster.cpus": 0.7,
+            "cluster.match_cpus": 0.3,
+        },
     ),
 }
 

@@ -10,6 +10,7 @@ on from the last epoch's checkpoint to the numbers it would have had, and more w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,16 @@ class _watched:
         self.stop.set()
         self.thread.join(timeout=12)
         self.phase.__exit__(*error)
+
+
+def notes(recipes: Sequence[Recipe]) -> dict[str, str]:
+    """What the runs of these recipes that train now say of their progress, by name."""
+    found = {}
+    for recipe in recipes:
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):  # not begun, or just gone
+            note = ray.get(ray.get_actor(f"rounds-{recipe.identity}").progress.remote(), timeout=5)
+            found |= {recipe.name: note["text"]} if note else {}
+    return found
 
 
 # --- a worker ----------------------------------------------------------------------------------------------------------------

@@ -59,13 +59,24 @@ def test_a_streamed_set_trains_poisoned_and_scored_alike(antidote: Antidote) -> 
     assert [r["pairs"] for r in first if r["kind"] == "match"] == [384]
 
 
-def test_the_same_recipe_gives_the_same_numbers(antidote: Antidote, tmp_path: Path) -> None:
-    words = ("roclip", *TINY, "train.epochs=2", "track.uri=none")
-    one = antidote.result(*words)
-    (tmp_path / "again").mkdir()
-    other = Antidote(tmp_path / "again")
-    two = other.result(*words)
-    assert {k: one[k] for k in EXACT} == {k: two[k] for k in EXACT}
-    assert [r["loss"] for r in antidote.records() if r["kind"] == "train"] == [r["loss"] for r in other.records() if r["kind"] == "train"]
-    a, b = (json.loads((Path(r["run"]) / "data.json").read_text())["fingerprint"] for r in (one, two))
-    assert a == b
+def test_members_of_a_suite_run_at_once_and_get_the_numbers_they_get_alone(antidote: Antidote, tmp_path: Path) -> None:
+    words = [w for w in TINY if not w.startswith("defense.")] + [
+        "train.epochs=5",
+        "track.uri=none",
+        "cluster.cpus=0.5",
+        "cluster.match_cpus=0.25",
+    ]
+    code, out, err = antidote.run("run", "demo", *words)
+    assert code == 0, err
+    assert "4 members, 2 at once" in err and "4/4 run" in err
+    assert all(name in out for name in ("none", "augmented", "RoCLIP", "OTCCLIP"))
+    assert len(antidote.results()) == 4 and list(antidote.runs.glob("demo-????????/report.html"))
+    (tmp_path / "alone").mkdir()
+    alone = Antidote(tmp_path / "alone")
+    [member] = [r for r in antidote.results() if r["recipe"] == "demo-otcclip"]
+    again = alone.result(str(Path(member["run"]) / "recipe.json"), "track.uri=none", f"cluster.runs={alone.runs}")
+    assert {k: member[k] for k in EXACT if k in member} == {k: again[k] for k in EXACT if k in again}
+    losses = [[r["loss"] for r in one.records() if r["kind"] == "train"] for one in (antidote, alone)]
+    assert len(losses[0]) == 20 and set(losses[1]) <= set(losses[0])
+    prints = {json.loads((Path(r["run"]) / "data.json").read_text())["fingerprint"] for r in (member, again)}
+    assert len(prints) == 1
