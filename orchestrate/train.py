@@ -318,10 +318,10 @@ class _watched:
 
 def notes(recipes: Sequence[Recipe]) -> dict[str, str]:
     """What the runs of these recipes that train now say of their progress, by name."""
-    found = {}
+    found: dict[str, str] = {}
     for recipe in recipes:
         with contextlib.suppress(ValueError, ray.exceptions.RayError):  # not begun, or just gone
-            note = ray.get(ray.get_actor(f"rounds-{recipe.identity}").progress.remote(), timeout=5)
+            note: Any = ray.get(ray.get_actor(f"rounds-{recipe.identity}").progress.remote(), timeout=5)
             found |= {recipe.name: note["text"]} if note else {}
     return found
 
