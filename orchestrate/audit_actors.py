@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from defenses import detect, duplicates
 from orchestrate import cluster
@@ -53,16 +52,6 @@ def parts(count: int, size: int) -> list[dict[str, Any]]:
     return [{"part": number, "edges": [batch[0][0], *(stop for _, stop in batch)]} for number, batch in enumerate(some)]
 
 
-class Desk:
-    """Hands out the references: an actor that is started again asks for them anew, as its own arguments may be gone by then."""
-
-    def __init__(self, refs: dict[str, Any]) -> None:
-        self.held = refs
-
-    def refs(self) -> dict[str, Any]:
-        return self.held
-
-
 class ScoreActor:
     """One actor: model and pool ready, pixels by reference. Every actor encodes the pool itself, once."""
 
@@ -75,18 +64,18 @@ class ScoreActor:
 
         torch.set_num_threads(spec["threads"])
         recipe = recipes.from_dict(spec["recipe"]).recipe
-        refs = ray.get(desk.refs.remote(), timeout=recipe.cluster.timeout_s)
-        table, self.order, place = (ray.get(refs[name]) for name in ("table", "order", "place"))
-        self.pixels = pixels_of(recipe, build_attack(recipe, table), table, ray.get(refs["images"]), place)
+        refs = cluster.get(desk.refs.remote(), recipe.cluster.timeout_s)
+        table, self.order, place = (cluster.get(refs[name]) for name in ("table", "order", "place"))
+        self.pixels = pixels_of(recipe, build_attack(recipe, table), table, cluster.get(refs["images"]), place)
         self.captions = table.column("caption")
         model = clip.build(spec["cfg"], seed=0)
         if recipe.model.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         device = "cuda" if spec["gpus"] else "cpu"
         self.encoder = Encoder(model, spec["cfg"], device, recipe.evaluate.batch, recipe.evaluate.precision)
-        self.encoder.load(ray.get(refs["weights"]))
+        self.encoder.load(cluster.get(refs["weights"]))
         self.tokens = spec["tokens"]
-        self.pool = self.encoder.text_features(ray.get(refs["pool"]), self.tokens)
+        self.pool = self.encoder.text_features(cluster.get(refs["pool"]), self.tokens)
         self.token_pool = TokenPool(self.pool.tokens, self.pool.mask, self.pool.pooled) if self.tokens else None  # type: ignore[arg-type]
 
     def __call__(self, item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -131,9 +120,9 @@ def run(work: Work, folder: Path, items: list[dict[str, Any]]) -> Iterator[int]:
     if not todo:
         return
     c, data = work.recipe.cluster, cluster.quiet_data()
-    images, place = work.images if work.images else (ray.put(None), None)
-    refs: dict[str, Any] = {name: ray.put(x) for name, x in (("table", work.table), ("order", work.order), ("place", place))}
-    refs |= {"images": images, "weights": ray.put(work.weights), "pool": ray.put(work.pool)}
+    images, place = work.images if work.images else (cluster.put(None), None)
+    refs: dict[str, Any] = {name: cluster.put(x) for name, x in (("table", work.table), ("order", work.order), ("place", place))}
+    refs |= {"images": images, "weights": cluster.put(work.weights), "pool": cluster.put(work.pool)}
     spec = {
         "recipe": work.recipe.as_dict(),
         "cfg": work.cfg,
@@ -141,7 +130,7 @@ def run(work: Work, folder: Path, items: list[dict[str, Any]]) -> Iterator[int]:
         "gpus": c.match_gpus,
         "threads": c.threads or max(1, (os.cpu_count() or 1) // c.match_actors),
     }
-    desk = ray.remote(Desk).options(num_cpus=0).remote(refs)
+    desk = cluster.desk(refs)
     found = data.from_arrow([pa.Table.from_pylist([item]) for item in todo]).map_batches(
         ScoreActor,
         fn_constructor_args=(desk, spec),
@@ -161,7 +150,7 @@ def run(work: Work, folder: Path, items: list[dict[str, Any]]) -> Iterator[int]:
 def local_pixels(recipe: Recipe, table: pa.Table, images: tuple[Any, np.ndarray] | None) -> Pixels:
     """The pairs' pixels for this process, as the actors read them."""
     held, place = images if images else (None, None)
-    return pixels_of(recipe, build_attack(recipe, table), table, None if held is None else ray.get(held), place)
+    return pixels_of(recipe, build_attack(recipe, table), table, None if held is None else cluster.get(held), place)
 
 
 def _file(folder: Path, part: int) -> Path:

@@ -68,6 +68,37 @@ def connected(cluster: Cluster, dashboard: bool = False) -> Iterator[dict[str, f
             ray.shutdown()
 
 
+def put(value: Any) -> Any:
+    """A reference to `value`, which lives in the session's object store as long as this process holds the reference."""
+    import ray
+
+    return ray.put(value)
+
+
+def get(ref: Any, timeout: float | None = None) -> Any:
+    """What a reference stands for; arrays are read in place. Raises Ray's GetTimeoutError after `timeout` seconds."""
+    import ray
+
+    return ray.get(ref, timeout=timeout)
+
+
+class Desk:
+    """Hands out references: an actor that is started again asks for them anew, as its own arguments may be gone by then."""
+
+    def __init__(self, refs: dict[str, Any]) -> None:
+        self.held = refs
+
+    def refs(self) -> dict[str, Any]:
+        return self.held
+
+
+def desk(refs: dict[str, Any]) -> Any:
+    """A `Desk` in a process of its own; `desk.refs.remote()` asks it."""
+    import ray
+
+    return ray.remote(Desk).options(num_cpus=0).remote(refs)
+
+
 def nodes() -> list[dict[str, float]]:
     """The resources of each living node of the session."""
     import ray

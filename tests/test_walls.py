@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("attacks", "defenses", "models", "orchestrate")
 FILES = sorted(str(f.relative_to(ROOT)) for room in ROOMS for f in (ROOT / room).rglob("*.py"))
 
-RAY = {f"orchestrate/{name}.py" for name in ("cluster", "match", "train", "sweep", "audit_actors")}
+RAY = {f"orchestrate/{name}.py" for name in ("cluster", "match", "train", "sweep")}
 MLFLOW = {"orchestrate/track.py"}
 DOOR = {"models/torchvision_door.py"}
 # What `antidote --help` and `antidote ls` read.
