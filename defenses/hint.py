@@ -40,7 +40,9 @@ class HINT(Defense):
             conjugate gradients on exact products.
         penalty: L2 on the head's weights, per mean loss (ours .01).
     Limits: it mends a probe, not the encoder: where the features of triggered images lie with the adversary's class, no head tells
-        them apart. Influence is a first-order estimate around a head that is refitted each step.
+        them apart. Noise fits the trusted examples: on an undefended model of the scenes (1,000 labelled examples, 37 poisoned, 250
+        trusted, where="features") their loss fell from .42 to .08, held-out accuracy stayed (68.9 to 68.5 %), and so nearly did the
+        backdoor (97.5 to 95.2 %). Influence is a first-order estimate around a head that is refitted each step.
     """
 
     where: Literal["pixels", "features"] = "pixels"

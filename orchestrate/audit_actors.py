@@ -63,7 +63,7 @@ class ScoreActor:
         from orchestrate.encoder import Encoder
 
         torch.set_num_threads(spec["threads"])
-        recipe = recipes.from_dict(spec["recipe"]).recipe
+        recipe = recipes.unpacked(spec["recipe"])
         refs = cluster.get(desk.refs.remote(), recipe.cluster.timeout_s)
         table, self.order, place = (cluster.get(refs[name]) for name in ("table", "order", "place"))
         self.pixels = pixels_of(recipe, build_attack(recipe, table), table, cluster.get(refs["images"]), place)
@@ -124,7 +124,7 @@ def run(work: Work, folder: Path, items: list[dict[str, Any]]) -> Iterator[int]:
     refs: dict[str, Any] = {name: cluster.put(x) for name, x in (("table", work.table), ("order", work.order), ("place", place))}
     refs |= {"images": images, "weights": cluster.put(work.weights), "pool": cluster.put(work.pool)}
     spec = {
-        "recipe": work.recipe.as_dict(),
+        "recipe": recipes.packed(work.recipe),
         "cfg": work.cfg,
         "tokens": work.tokens,
         "gpus": c.match_gpus,

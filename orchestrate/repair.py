@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,16 @@ def fine_tune(model: Any, cfg: Mapping[str, Any], plan: Repair, recipe: Recipe, 
     pixels = prepared.pixels_of(recipe, None, trusted, None, None, side)
     captions = np.array(trusted.column("caption").to_pylist(), dtype=object)
     keys, losses = prepared.sample_keys(trusted, recipe.seed), []
-    with Phase(f"repair {type(plan.method).__name__}", steps * plan.epochs, "step") as phase:
+    with Phase(f"repair on {trusted.num_rows:,} pairs", steps * plan.epochs, "step") as phase, ThreadPoolExecutor(1) as reader:
         for epoch in range(1, plan.epochs + 1):
             order = prepared.order(trusted.num_rows, recipe.seed, epoch)[: steps * plan.batch].reshape(steps, plan.batch)
             fresh, total = prepared.epoch_keys(keys, epoch), 0.0
-            for rows in order:
-                examples = Examples(pixels.take(rows), list(captions[rows]), fresh[rows])
-                total += float(learner.step(examples, epoch=epoch))
+            waiting = reader.submit(pixels.take, order[0])
+            for i, rows in enumerate(order):
+                shown = waiting.result()
+                if i + 1 < steps:
+                    waiting = reader.submit(pixels.take, order[i + 1])
+                total += float(learner.step(Examples(shown, list(captions[rows]), fresh[rows]), epoch=epoch))
                 phase.at(learner.steps, f"epoch {epoch}/{plan.epochs}, loss {total / (1 + (learner.steps - 1) % steps):.3f}")
             losses.append(total / steps)
             if not np.isfinite(total):
