@@ -41,7 +41,7 @@ def _at_once(members: Sequence[Recipe], has: dict[str, float]) -> int:
     counts = []
     for m in members:
         defense = prepared.build_defense(m)
-        matching = any(defense.matcher(e) for e in range(1, m.train.epochs + 1))
+        matching = bool(defense.rounds(m.train.epochs))
         cluster.preflight(m.cluster, matching, m.data.stream == "always", has)
         counts.append(cluster.slots(m.cluster, matching, m.data.stream == "always", cluster.nodes()))
     return min(counts)
