@@ -82,6 +82,8 @@ def audit(recipe: Recipe, out: Path, options: Options) -> dict[str, Any]:
     out = cluster.absolute(str(out))
     started = time.monotonic()
     recipe = replace(recipe, defense=None)
+    if options.rounds:
+        audit_scores.round_files(Path(options.rounds))  # what is missing is told before the work, not after it
     with journal.held(out, "an audit in "):
         with cluster.connected(recipe.cluster) as resources:
             _check(recipe, resources)
@@ -125,6 +127,7 @@ def _found(recipe: Recipe, options: Options, out: Path, dataset: Dataset, images
         parts = [""] * table.num_rows
     if table.num_rows <= 2 * K:
         raise ValueError(f"{table.num_rows} pairs are too few to audit: above {2 * K} are needed.")
+    audit_scores.budget(options.drop, table.num_rows)
     held = None if images is None else (images[0], prepared.place_of(table, images[1]))
     facts = {"data": dataset.name, "fingerprint": fingerprint(dataset), "pairs": table.num_rows, "seed": recipe.seed}
     facts |= {"attack": recipe.attack.use if recipe.attack else "none", "poison": sum(map(bool, parts)), "report": dataset.report}
@@ -232,9 +235,11 @@ def _seen(found: Audit) -> Seen:
     captions = found.table["caption"].to_pylist()
     words = audit_cause.words(captions, top)
     named = [i for i in top if words and words[0].text in set(WORDS(captions[i].lower()))]
+    trigger = None
     for rows in (np.array(named, int), top):
         different = rows[np.sort(np.unique(found.columns["group"][rows], return_index=True)[1])]  # of near-duplicates one
-        if trigger := audit_cause.trigger(pixels.take(different), found.sums["mean"], found.sums["square"]):
+        if len(different) >= audit_cause.FEW:
+            trigger = audit_cause.trigger(pixels.take(different), found.sums["mean"], found.sums["square"])
             break
     return Seen(order[: audit_page.SHOWN], pixels.take(order[: audit_page.SHOWN]), words, trigger)
 

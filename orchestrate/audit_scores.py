@@ -76,22 +76,27 @@ def without(pairs: pa.Table, path: str, drop: int | float) -> pa.Table:
     return pairs.filter(pc.greater(rank, budget(drop, scores.num_rows)))
 
 
+def round_files(run: Path) -> list[Path]:
+    """The matching rounds of a run. ValueError where it has none."""
+    files = sorted((run / "rounds").glob("e[0-9][0-9][0-9].parquet"))
+    if not files:
+        raise ValueError(f"{run} has no matching rounds (rounds/e001.parquet, …): give the directory of a run whose defence matches.")
+    return files
+
+
 def moved(run: Path, ids: pa.ChunkedArray, captions: Sequence[str]) -> np.ndarray:
     """Share of a run's matching rounds that gave the pair another caption (N,), NaN for pairs that the run did not have.
 
     ValueError where the run has no rounds, or where none of its pairs is one of these.
     """
-    files = sorted((run / "rounds").glob("e[0-9][0-9][0-9].parquet"))
-    if not files:
-        raise ValueError(f"{run} has no matching rounds (rounds/e001.parquet, …): give the directory of a run whose defence matches.")
     own = np.array(captions, dtype=object)
     times, rounds = np.zeros(len(own)), np.zeros(len(own))
-    for file in files:
+    for file in round_files(run):
         pairs = pq.read_table(file, columns=["id", "pool_row"])
         pool = np.array(pq.read_table(file.with_name(f"{file.stem}-pool.parquet"))["caption"].to_pylist(), dtype=object)
-        at = pc.index_in(ids, value_set=pairs["id"].combine_chunks()).to_numpy(zero_copy_only=False)
-        here = np.flatnonzero(~np.isnan(at)) if at.dtype.kind == "f" else np.arange(len(at))
-        row = pairs["pool_row"].to_numpy()[at[here].astype(np.int64)]
+        at = pc.fill_null(pc.index_in(ids, value_set=pairs["id"].combine_chunks()), -1).to_numpy()
+        here = np.flatnonzero(at >= 0)
+        row = pairs["pool_row"].to_numpy()[at[here]]
         times[here] += (row >= 0) & (pool[row] != own[here])
         rounds[here] += 1
     if not rounds.any():
