@@ -14,11 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("attacks", "defenses", "models", "orchestrate")
 FILES = sorted(str(f.relative_to(ROOT)) for room in ROOMS for f in (ROOT / room).rglob("*.py"))
 
-RAY = {f"orchestrate/{name}.py" for name in ("cluster", "match", "train", "sweep", "audit_actors")}
+# jobs.py is the door from outside a cluster: an HTTP client, which no run imports.
+RAY = {f"orchestrate/{name}.py" for name in ("cluster", "match", "train", "sweep", "audit_actors", "jobs")}
 MLFLOW = {"orchestrate/track.py"}
 DOOR = {"models/torchvision_door.py"}
 # What `antidote --help` and `antidote ls` read.
-QUICK = ("__init__", "__main__", "recipe", "recipes", "values", "plugins", "axes", "sweeps", "cli", "cli_audit", "cli_models", "cli_sweeps")
+QUICK = ("__init__", "__main__", "recipe", "recipes", "values", "plugins", "axes", "sweeps", "secrets")
+QUICK += ("cli", "cli_audit", "cli_cluster", "cli_models", "cli_sweeps")
 MAY = {
     "attacks": {"numpy", "pyarrow", "PIL"},
     "defenses": {"numpy", "torch", "ot", "scipy"},
