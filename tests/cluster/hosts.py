@@ -101,11 +101,10 @@ class Hosts:
         run("ip", "netns", "add", name)
         run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
         run("ip", "link", "set", link, "master", BRIDGE, "up")
-        for words in (
-            ("address", "add", f"{self.addresses[i]}/24", "dev", "eth0"),
-            ("link", "set", "eth0", "up"),
-            ("link", "set", "lo", "up"),
-        ):
+        # The route: Ray takes the address that would lead to the internet for the node's own, and 127.0.0.1 where there is none.
+        route = ("route", "add", "default", "via", f"{NET}.254")
+        up = [("link", "set", "eth0", "up"), ("link", "set", "lo", "up")]
+        for words in (("address", "add", f"{self.addresses[i]}/24", "dev", "eth0"), *up, route):
             run("ip", "-n", name, *words)
         home = Path.home()
         mounts = []

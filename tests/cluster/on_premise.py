@@ -105,7 +105,7 @@ def free_port() -> int:
 
 def test_machines_at_hand_train_together(laptop: Laptop) -> None:
     up = ["ray", "up", "-y", "--disable-usage-stats", str(laptop.config)]
-    laptop.run("ray", "get-auth-token", "--generate")
+    subprocess.run(["ray", "get-auth-token", "--generate"], env=laptop.env, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT_S)
     laptop.run(*up)
 
     port = free_port()
@@ -133,9 +133,6 @@ def test_machines_at_hand_train_together(laptop: Laptop) -> None:
         where = [f"data.cache={laptop.shared}/cache", "cluster.workers=2", "cluster.cpus=1.5", "cluster.match_cpus=0.5"]
         told = laptop.antidote("doctor", "roclip-smoke", *where, "--address", door)
         assert "3 alive" in told and "✗" not in told
-        told = laptop.antidote("doctor", "roclip-smoke", *where, "cluster.workers=8", "--address", door, code=1)
-        assert "the cluster is too small" in told
-
         small = ["data.size=320", "data.heldout=140", "train.epochs=2", "train.batch=64", "defense.every=1", "defense.warmup=0"]
         here = laptop.home / "runs"
         said = laptop.antidote("submit", "roclip-smoke", *where, *small, "--address", door, "--runs", str(here))
