@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test unit ray lint bench clean
+.PHONY: demo test unit ray cluster-test lint bench clean
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
@@ -20,6 +20,10 @@ unit: .venv/.ready
 
 ray: .venv/.ready
 	$(BIN)/python -m pytest -m ray
+
+# A real `ray up` on machines made of namespaces: root, openssh-server, rsync, minutes.
+cluster-test: .venv/.ready
+	$(BIN)/python -m pytest -s tests/cluster/on_premise.py
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrate import cli_audit, cli_models, cli_sweeps, recipes, sweeps
+from orchestrate import cli_audit, cli_cluster, cli_models, cli_sweeps, recipes, sweeps
 from orchestrate.recipe import Recipe, Resolved, flatten, from_dict, parse_overrides
 
 
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     poison.add_argument("--out", default="", help="folder (default: poison-<identity>)")
     cli_sweeps.add(verb, source)
     cli_audit.add(verb, source)
+    cli_cluster.add(verb, source)
     score = verb("eval", _eval, "score any open_clip checkpoint")
     score.add_argument("checkpoint", help="an export folder, or a state dict (.pt, .safetensors) with --model")
     score.add_argument("--model", default=None, help="architecture of a bare state dict")
@@ -172,13 +173,14 @@ def _run(args: argparse.Namespace) -> None:
     results = suite.run([one.recipe for one in found], force=args.force)
     print(text_table(results))
     folders = [Path(result["run"]) for result in results]
+    print("\n" + "\n".join(f"run: {folder}" for folder in folders))
     page = folders[0] / "report.html"
     if len(found) > 1:
         page = folders[0].parent / f"{args.recipe}-{_joint(found)}" / "report.html"
         page.parent.mkdir(exist_ok=True)
         write_report(folders, page)
     if page.exists():
-        print(f"\nreport: {page}")
+        print(f"report: {page}")
 
 
 def _joint(found: Sequence[Resolved]) -> str:

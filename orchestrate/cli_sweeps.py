@@ -23,14 +23,7 @@ def add(verb: Verb, source: Source) -> None:
     sweep = verb("sweep", lambda args: _sweep(args, source), "run a recipe for every combination of values; goes on where it was killed")
     sweep.add_argument("what", metavar="RECIPE", help="a recipe, several by comma, a ready sweep (antidote ls), or a sweep's directory")
     sweep.add_argument("overrides", nargs="*", metavar="key=value", help="axes such as defense.every=1,2,4 seed=0..2, and single values")
-    sweep.add_argument("--search", default="grid", metavar="HOW", help="grid, random, or optuna (default: grid)")
-    sweep.add_argument("--samples", type=int, default=20, help="settings that random or optuna draws (default: 20)")
-    sweep.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    sweep.add_argument("--sampler", default="tpe", help="optuna's: tpe or nsga (default: tpe)")
-    sweep.add_argument("--maximize", default="zeroshot/top1", metavar="METRIC", help="utility (default: zeroshot/top1)")
-    sweep.add_argument("--minimize", default="asr", metavar="METRIC", help="harm (default: asr, the largest of any attack)")
-    sweep.add_argument("--asha", nargs="?", const="zeroshot/top1", default="", metavar="METRIC", help="stop the worse half early by this")
-    sweep.add_argument("--concurrent", type=int, default=0, help="at most so many trials at once (default: as many as fit)")
+    add_search(sweep)
     sweep.add_argument("--resume", action="store_true", help="only go on with what was begun; RECIPE may be the sweep's directory")
     sweep.add_argument("--dry", action="store_true", help="list the trials and stop")
     compare = verb("compare", _compare, "runs and sweeps side by side: means over seeds with intervals; tables, plots, a page")
@@ -43,6 +36,26 @@ def add(verb: Verb, source: Source) -> None:
     advise.add_argument("sweep", help="directory of a sweep or a run")
     advise.add_argument("conditions", nargs="+", metavar="CONDITION", help="such as 'asr<=0.125' or 'zeroshot/top1>=40%%'")
     advise.add_argument("--cost", default="seconds", metavar="METRIC", help="what is paid: seconds, or a utility to lose least of")
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """How a sweep searches: the options that `sweep` and `submit` share."""
+    parser.add_argument("--search", default="grid", metavar="HOW", help="grid, random, or optuna (default: grid)")
+    parser.add_argument("--samples", type=int, default=20, help="settings that random or optuna draws (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--sampler", default="tpe", help="optuna's: tpe or nsga (default: tpe)")
+    parser.add_argument("--maximize", default="zeroshot/top1", metavar="METRIC", help="utility (default: zeroshot/top1)")
+    parser.add_argument("--minimize", default="asr", metavar="METRIC", help="harm (default: asr, the largest of any attack)")
+    parser.add_argument("--asha", nargs="?", const="zeroshot/top1", default="", metavar="METRIC", help="stop the worse half early by this")
+    parser.add_argument("--concurrent", type=int, default=0, help="at most so many trials at once (default: as many as fit)")
+
+
+def search_words(args: argparse.Namespace) -> list[str]:
+    """The same options as one would type them, those at their defaults left out."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_search(parser)
+    defaults = vars(parser.parse_args([]))
+    return [word for name, value in defaults.items() if getattr(args, name) != value for word in (f"--{name}", str(getattr(args, name)))]
 
 
 def _sweep(args: argparse.Namespace, source: Source) -> None:

@@ -6,16 +6,21 @@ import contextlib
 import logging
 import math
 import os
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrate import ROOT
+from orchestrate.progress import Phase
 from orchestrate.recipe import Cluster
 
 EXCLUDE = ["/.git", "/.venv", "/runs", "/tests", "/docs", "/benchmarks", "/deploy", "**/__pycache__", "*.parquet", "*.png", "*.tar"]
 # Read by the driver and the train controller when ray.train is imported: a report is seen within 0.3 s instead of 2 s.
 ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray where this process is a submitted job
 
 # Read by Tune in a sweep's driver: no files of its own beside ours, Ctrl-C is ours, a trial stays in the directory it is sent to.
 TUNE = {
@@ -31,6 +36,8 @@ TUNE = {
 
 def runtime_env() -> dict[str, Any]:
     """What every job ships: our four rooms, first on the path, so that no other `models` can be meant."""
+    if IN_JOB in os.environ:  # `antidote submit` has shipped them with the job, and Ray refuses to be told twice
+        return {}
     env: dict[str, Any] = {"env_vars": dict(ENVIRONMENT)}
     if (ROOT / "pyproject.toml").is_file():
         return {**env, "working_dir": str(ROOT), "excludes": EXCLUDE}
@@ -80,6 +87,13 @@ def get(ref: Any, timeout: float | None = None) -> Any:
     import ray
 
     return ray.get(ref, timeout=timeout)
+
+
+def jobs_client(address: str) -> Any:
+    """Ray's client of the job server that a cluster's dashboard is; over HTTP, from outside the cluster."""
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(address)
 
 
 class Desk:
@@ -182,14 +196,52 @@ def preflight(cluster: Cluster, matching: bool, streaming: bool, has: dict[str, 
             raise ValueError(f"{plan(cluster, matching, streaming)}, but {where} has {there:g} {kind}. {mend}")
 
 
+def ceiling() -> dict[str, float] | None:
+    """What the session's cluster can grow to; None where it does not scale by itself."""
+    import ray
+
+    most = ray._private.state.state.get_max_resources_from_cluster_config()
+    return None if most is None else {kind: float(most.get(kind, 0)) for kind in ("CPU", "GPU")}
+
+
+def grow(c: Cluster, matching: bool, streaming: bool, has: dict[str, float]) -> dict[str, float]:
+    """What the session has once a cluster that scales has grown to the plan; at once where the plan has its place, or nothing scales.
+
+    ValueError where the cluster may never become so large, or has not within `cluster.timeout_s`. The request is taken back when the nodes
+    are there, so that a driver that dies leaves no machines running: the work itself keeps them.
+    """
+    most = ceiling() if c.address else None
+    if most is None or placeable(c, matching, streaming, node_resources()):
+        return has
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    preflight(c, matching, streaming, {kind: max(most[kind], has.get(kind, 0.0)) for kind in most})
+    pieces = _pieces(c, matching, streaming)
+    request_resources(bundles=[{kind: amount for kind, amount in zip(("CPU", "GPU"), piece, strict=True) if amount} for piece in pieces])
+    until, nodes = time.monotonic() + c.timeout_s, len(node_resources())
+    try:
+        with Phase("nodes", unit="node") as phase:
+            while not placeable(c, matching, streaming, now := node_resources()):
+                if time.monotonic() > until:
+                    raise ValueError(
+                        f"waited {c.timeout_s:g} s for the cluster to grow to {plan(c, matching, streaming)}: `ray status` on the head "
+                        "says why no node starts. Give it more time with cluster.timeout_s, or ask for less."
+                    )
+                time.sleep(1)
+            phase.at(len(now), f"{len(now) - nodes} started")
+    finally:
+        request_resources(bundles=[])
+    return dict(ray.cluster_resources())
+
+
 def slots(c: Cluster, matching: bool, streaming: bool, nodes: Sequence[Mapping[str, float]]) -> int:
     """How many runs the nodes (their resources) hold completely at once, largest pieces first, each piece on one node; at least 1.
 
     Runs that are all in place wait for nobody, so there is no deadlock; one too many could hold a worker and wait for its matching
     actor while another does the same.
     """
-    pieces = [(c.cpus, c.gpus)] * c.workers + [(c.match_cpus, c.match_gpus)] * (c.match_actors if matching else 0)
-    pieces = sorted([*pieces, *([(1.0, 0.0)] if streaming else [])], reverse=True)
+    pieces = _pieces(c, matching, streaming)
     free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
     count = 0
     while all(_place(piece, free) for piece in pieces):
@@ -206,6 +258,18 @@ def _place(piece: tuple[float, float], free: list[list[float]]) -> bool:
     return False
 
 
+def placeable(c: Cluster, matching: bool, streaming: bool, nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether each worker and actor finds a node that holds it, all at once: sums over a cluster may hide that no single node does."""
+    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
+    return all(_place(piece, free) for piece in _pieces(c, matching, streaming))
+
+
+def _pieces(c: Cluster, matching: bool, streaming: bool) -> list[tuple[float, float]]:
+    """(CPUs, GPUs) of everything that must lie on one node each, the largest first."""
+    pieces = [(c.cpus, c.gpus)] * c.workers + [(c.match_cpus, c.match_gpus)] * (c.match_actors if matching else 0)
+    return sorted([*pieces, *([(1.0, 0.0)] if streaming else [])], key=lambda piece: piece[::-1], reverse=True)
+
+
 def _mend(cluster: Cluster, matching: bool, streaming: bool, kind: str, there: float) -> str:
     one = cluster.cpus if kind == "CPU" else cluster.gpus
     rest = demand(cluster, matching, streaming)[kind] - cluster.workers * one
@@ -220,6 +284,68 @@ def _mend(cluster: Cluster, matching: bool, streaming: bool, kind: str, there: f
     if kind == "GPU" and not there:
         return f"Set {' and '.join(f'{name}=0' for name in names if name.endswith('gpus'))} to run on CPUs."
     return f"Lower {' or '.join(names)}."
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each living node of the session has."""
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def on_every_node(
+    call: Callable[..., dict[str, Any]], args: Callable[[Mapping[str, Any]], tuple[Any, ...]], timeout_s: float
+) -> list[Answer]:
+    """`call(*args(node))` on each node of the session, at once, without asking for a CPU. A node that is silent, or fails, says so."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = ray.nodes()
+    refs = {}
+    for node in nodes:
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            refs[node["NodeID"]] = ray.remote(call).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(*args(node))
+    ready, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
+    answers = []
+    for node in nodes:
+        ref, facts, error = refs.get(node["NodeID"]), {}, ""
+        if ref is None:
+            error = "dead"
+        elif ref not in ready:
+            error = f"no answer within {timeout_s:g} s"
+        else:
+            try:
+                facts = ray.get(ref)
+            except ray.exceptions.RayError as failure:
+                error = str(failure).strip().splitlines()[-1][:300]
+        answers.append(Answer(node["NodeManagerHostname"], node["NodeManagerAddress"], dict(node["Resources"]), facts, error))
+    return answers
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A node and what it said: `facts`, or the `error` that kept it from answering ("dead": it has left)."""
+
+    host: str
+    address: str
+    resources: Mapping[str, float]
+    facts: Mapping[str, Any]
+    error: str = ""
+
+
+def shipped_bytes() -> int:
+    """Bytes of the package that Ray makes of the working directory, packed by Ray itself with our exclude list."""
+    from ray._private.runtime_env.packaging import create_package
+
+    env = runtime_env()
+    total = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for i, source in enumerate([env["working_dir"]] if "working_dir" in env else env.get("py_modules", [])):
+            target = Path(folder) / f"{i}.zip"
+            create_package(source, target, include_gitignore=True, include_parent_dir=False, excludes=env.get("excludes", []))
+            total += target.stat().st_size
+    return total
 
 
 def absolute(path: str) -> Path:

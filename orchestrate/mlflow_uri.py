@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from orchestrate.secrets import masked as masked  # messages, files and pages name addresses without their passwords
 
 NONE = "none"  # track.uri=none: metrics.jsonl only
 ANSWER_S = 5  # seconds a store gets for one answer
@@ -53,11 +54,6 @@ def scheme(uri: str) -> str:
 def sqlite_path(uri: str) -> Path:
     """The file of `sqlite:///relative.db` or `sqlite:////absolute.db`."""
     return Path(uri.partition("://")[2].removeprefix("/").partition("?")[0])
-
-
-def masked(text: str) -> str:
-    """Addresses in a text without their user and password, for messages, files and pages."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
 def knock(uri: str) -> None:

@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from orchestrate import plugins
+from orchestrate.secrets import credentials, masked
 from orchestrate.values import coerce
 
 DROP = 0.01  # share of the pairs that an audit gives up by default
@@ -51,6 +52,11 @@ class Data:
         _least(self, 0, "side", "memory_gb", "seed", "drop")
         if self.drop != DROP and not self.exclude:
             raise ValueError(f"data.drop={self.drop}: say by which audit, as data.exclude=…/scores.parquet.")
+        if credentials(self.path):
+            raise ValueError(
+                f"data.path={masked(self.path)}: keep keys out of recipes, which are logged; set them in the environment of each node "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, …) or give the nodes a role."
+            )
 
 
 @dataclass(frozen=True)

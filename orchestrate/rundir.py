@@ -22,6 +22,7 @@ from orchestrate.cluster import absolute
 from orchestrate.data.pixels import Pixels
 from orchestrate.prepared import Prepared, build_defense, left_out
 from orchestrate.recipe import Recipe, flatten
+from orchestrate.secrets import masked_tree
 
 RESULT = "result.json"
 SHOWN = 8  # examples of each kind in the gallery
@@ -58,9 +59,9 @@ def claimed(recipe: Recipe, fresh: bool = False) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, and without passwords in addresses."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    part.write_text(json.dumps(masked_tree(content), indent=1, ensure_ascii=False) + "\n")
     part.replace(path)
 
 

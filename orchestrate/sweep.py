@@ -160,7 +160,7 @@ class _Sweep:
         has = ray.cluster_resources()
         plans = {_needs(trial.recipe) for trial in waiting}
         for c, matching, streaming in plans:
-            cluster.preflight(c, matching, streaming, has)
+            cluster.preflight(c, matching, streaming, has := cluster.grow(c, matching, streaming, has))
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         counted = {plan: cluster.slots(*plan, nodes) for plan in plans}
         plan = min(counted, key=lambda plan: counted[plan])

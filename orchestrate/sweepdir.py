@@ -22,6 +22,7 @@ from typing import Any
 
 from orchestrate import journal
 from orchestrate.axes import Trial
+from orchestrate.secrets import masked_tree
 
 SWEEP, TRIALS, STUDY = "sweep.json", "trials.jsonl", "study.log"
 RUNNING, DONE, SKIPPED, FAILED, STOPPED = "running", "done", "skipped", "failed", "stopped"
@@ -93,7 +94,7 @@ def claimed(folder: Path) -> Iterator[Path]:
 def begin(folder: Path, asking: Asking, identity: str, trials: Sequence[Trial]) -> None:
     """Write down what was asked."""
     listed = [{"identity": t.recipe.identity, "run": t.recipe.directory, "changed": dict(t.changed)} for t in trials]
-    content = {**asking.as_dict(), "identity": identity, "trials": listed}
+    content = masked_tree({**asking.as_dict(), "identity": identity, "trials": listed})
     journal.replace(folder / SWEEP, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 

@@ -62,7 +62,9 @@ def fit(recipe: Recipe, *, force: bool = False, tags: Mapping[str, str] | None =
         try:
             result = _run(recipe, folder, tracker)
         except BaseException as error:
-            tracker.finish("killed" if isinstance(error, KeyboardInterrupt) else "failed")
+            tracker.finish(
+                "killed" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            )  # SystemExit: Ray's answer to SIGTERM
             raise
         tracker.finish("finished", rundir.artifacts(folder))
         return result
@@ -76,7 +78,7 @@ def _run(recipe: Recipe, folder: Path, tracker: Tracker) -> dict[str, Any]:
         dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
     with cluster.connected(recipe.cluster) as resources:
         streaming = prepared.streams(recipe, dataset)
-        cluster.preflight(recipe.cluster, matching, streaming, resources)
+        cluster.preflight(recipe.cluster, matching, streaming, cluster.grow(recipe.cluster, matching, streaming, resources))
         dataset, images = read_images(recipe, dataset, streaming)
         ready = _planned(recipe, dataset, images)
         prepared.check_size(recipe, ready.table)

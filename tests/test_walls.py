@@ -18,7 +18,8 @@ RAY = {f"orchestrate/{name}.py" for name in ("cluster", "match", "train", "sweep
 MLFLOW = {"orchestrate/track.py"}
 DOOR = {"models/torchvision_door.py"}
 # What `antidote --help` and `antidote ls` read.
-QUICK = ("__init__", "__main__", "recipe", "recipes", "values", "plugins", "axes", "sweeps", "cli", "cli_audit", "cli_models", "cli_sweeps")
+QUICK = ("__init__", "__main__", "recipe", "recipes", "values", "plugins", "axes", "sweeps", "secrets")
+QUICK += ("cli", "cli_audit", "cli_cluster", "cli_models", "cli_sweeps")
 MAY = {
     "attacks": {"numpy", "pyarrow", "PIL"},
     "defenses": {"numpy", "torch", "ot", "scipy"},

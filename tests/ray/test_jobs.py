@@ -1,0 +1,143 @@
+"""`antidote submit` and `doctor` at the door of a cluster as cluster.yaml makes it: a head without CPUs, a worker that starts when it is
+wanted (Ray's own autoscaler, its nodes on this machine), a token. From a home and a directory of the user's own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, TINY
+
+pytestmark = pytest.mark.ray
+MARK = "ANTIDOTE_TEST_CLUSTER"
+BIN = Path(sys.prefix) / "bin"
+
+CONFIG = {
+    "cluster_name": "antidote-test",
+    "max_workers": 1,
+    "upscaling_speed": 1.0,
+    "idle_timeout_minutes": 5,
+    "provider": {"type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True},
+    "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "read": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 1},
+    },
+    "auth": {},
+    "docker": {},
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+    **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands")},
+    **{name: [] for name in ("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")},
+}
+
+
+class Away:
+    """A user outside the cluster: the command line with a home, a token and the dashboard's address."""
+
+    def __init__(self, home: Path, door: str, env: dict[str, str]) -> None:
+        self.home, self.door, self.env = home, door, env
+
+    def run(self, *words: str, timeout: float = 300, token: str = "") -> subprocess.CompletedProcess[str]:
+        env = {**self.env, "RAY_API_SERVER_ADDRESS": self.door, **({"RAY_AUTH_TOKEN": token} if token else {})}
+        command = [sys.executable, "-m", "orchestrate", *words]
+        return subprocess.run(command, cwd=self.home, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def free_ports(count: int) -> list[int]:
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return ports
+
+
+def marked(mark: str) -> list[int]:
+    """Processes whose environment holds the mark: the cluster's, whoever their parent is by now."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def away(tmp_path: Path) -> Iterator[Away]:
+    mark, (port, dashboard) = uuid.uuid4().hex, free_ports(2)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ANTIDOTE_"))}
+    env |= {"HOME": str(tmp_path), "PATH": f"{BIN}:{env['PATH']}", "PYTHONPATH": str(ROOT)}
+    subprocess.run(["ray", "get-auth-token", "--generate"], env=env, check=True, capture_output=True, timeout=120)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    theirs = env | {MARK: mark, "RAY_AUTH_MODE": "token", "ANTIDOTE_STORAGE": str(tmp_path / "far"), "RAY_FAKE_CLUSTER": "1"}
+    theirs |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    theirs.pop("PYTHONPATH")  # a cluster has no checkout: the code comes with the job
+    with tempfile.TemporaryDirectory(prefix="r-") as short:  # Unix sockets want a short path
+        command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+        command += ["--num-cpus=0", f"--temp-dir={short}", f"--autoscaling-config={tmp_path / 'config.json'}", "--disable-usage-stats"]
+        with (tmp_path / "ray.log").open("w") as log:
+            process = subprocess.Popen(command, cwd=tmp_path, env=theirs, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            until = time.monotonic() + 120
+            while not listens(dashboard):
+                assert process.poll() is None and time.monotonic() < until, (tmp_path / "ray.log").read_text()
+                time.sleep(0.2)
+            yield Away(tmp_path, f"http://127.0.0.1:{dashboard}", env)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            for pid in marked(mark):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait(timeout=60)
+
+
+def listens(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def test_a_recipe_goes_to_a_cluster_that_grows_for_it_and_its_results_come_back(away: Away) -> None:
+    refused = away.run("jobs", "ls", token="0" * 64)
+    assert refused.returncode == 1 and "wants its token" in refused.stderr
+
+    (away.home / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom defenses.base import Defense\n\n"
+        '@dataclass(frozen=True)\nclass Mine(Defense):\n    """x"""\n    strength: float = 1.0\n'
+    )
+    tiny = [word for word in TINY if not word.startswith("defense.")]
+    words = ["clip-smoke", *tiny, "train.epochs=1", "evaluate.probe=false", "track.uri=none", "defense=./mine.py:Mine"]
+    slow = away.run("submit", "clip-small", "track.uri=none", "--no-wait")
+    assert slow.returncode == 0, slow.stderr
+    stopped = away.run("jobs", "stop", slow.stdout.strip())
+    assert stopped.returncode == 0, stopped.stderr
+
+    done = away.run("submit", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^nodes: .*1 started", done.stdout, re.MULTILINE), "the cluster did not grow"
+    [file] = (away.home / "runs").glob("*/result.json")
+    result = json.loads(file.read_text())
+    assert Path(result["run"]) == file.parent and result["epochs"] == 1 and result["defense"].endswith("/mine.py:Mine")
+    assert (file.parent / "model").is_dir() and f"here: runs/{file.parent.name}" in done.stdout
+
+    listed = away.run("jobs", "ls").stdout
+    assert "SUCCEEDED" in listed and "STOPPED" in listed
