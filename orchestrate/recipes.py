@@ -124,8 +124,8 @@ MOVE: Layer = {"defense.every": 1, "defense.warmup": 4, "defense.matched": "capt
 # Repair: thousands of pairs instead of a million make hundreds of steps, which need a larger rate to move the model at all.
 REPAIR: Layer = {"defense.clean": 0.25, "defense.lr": 1e-3}
 # SafeCLIP: an epoch of a few dozen steps at a hundredth of the rate leaves no agreement to select by. Of 3,000 scenes with 140 poisoned
-# pairs (batch 64), after one unimodal and two CLIP epochs at the full rate, 990 have a posterior of .5 or more, 2 of them poisoned; one
-# epoch later none reaches .9. Fewer epochs, faster growth.
+# pairs (batch 64, a schedule of 6 epochs), after one unimodal and two CLIP epochs at the full rate, 990 have a posterior of .5 or more,
+# 2 of them poisoned; one epoch later none reaches .9. Fewer epochs, faster growth.
 SAFE: Layer = {
     **VIEWS,
     **{"defense.eda": 0.1, "defense.warmup": 1, "defense.bridge": 2, "defense.slow": 1.0, "defense.posterior": 0.5},
