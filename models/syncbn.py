@@ -19,8 +19,8 @@ def convert(module: nn.Module) -> nn.Module:
     """Make every nn.BatchNorm2d inside `module` normalise over the global batch; returns the module (or its replacement).
 
     Convert after moving the model to its device: layers on a GPU become torch's own SyncBatchNorm, the others
-    `GlobalBatchNorm2d`. State-dict keys and parameters stay the same objects. Every worker must bring batches of the
-    same size. Without torch.distributed, or with one worker, nothing changes in what the layers compute.
+    `GlobalBatchNorm2d`. State-dict keys and parameters stay the same objects. Workers may bring batches of differing
+    sizes. Without torch.distributed, or with one worker, nothing changes in what the layers compute.
     Raises ValueError for subclasses of BatchNorm2d (timm's fuse an activation), which would silently stay local.
     """
     if isinstance(module, GlobalBatchNorm2d):
@@ -49,7 +49,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d whose training statistics are those of all workers' batches together, (world * N, C, H, W).
 
     Gradients are those of the sum of the workers' losses, as with torch's SyncBatchNorm. In evaluation, or alone, it is
-    nn.BatchNorm2d. Raises ValueError, on every worker, for batches of unequal size.
+    nn.BatchNorm2d.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -88,16 +88,12 @@ def _global_statistics(x: Tensor, world: int) -> tuple[Tensor, Tensor, int]:
     rows = x.new_zeros((world, 2 * channels + 1), dtype=torch.float64)
     rows[dist.get_rank()] = torch.cat([mean.double(), var.double(), mean.new_full((1,), local, dtype=torch.float64)])
     dist.all_reduce(rows)
-    counts = rows[:, -1]
-    if bool((counts != local).any()):
-        raise ValueError(
-            "Synchronised batch statistics need equal batches on every worker; values per channel were "
-            f"{[int(count) for count in counts]}. Drop the last incomplete batch."
-        )
+    total = rows[:, -1].sum()
+    weights = rows[:, -1:] / total  # (world, 1): a worker counts by the values it brings
     means, variances = rows[:, :channels], rows[:, channels:-1]
-    centre = means.mean(dim=0)
-    spread = (variances + (means - centre).square()).mean(dim=0)
-    return centre.to(dtype), spread.to(dtype), local * world
+    centre = (weights * means).sum(dim=0)
+    spread = (weights * (variances + (means - centre).square())).sum(dim=0)
+    return centre.to(dtype), spread.to(dtype), int(total)
 
 
 class _Normalise(torch.autograd.Function):

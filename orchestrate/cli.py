@@ -235,9 +235,13 @@ def _ui(args: argparse.Namespace) -> int:
 
 
 def _track(args: argparse.Namespace) -> None:
+    from orchestrate import rundir
     from orchestrate.track import Tracker
 
     for run in args.runs:
         if not Path(run).is_dir():
             raise ValueError(f"no run directory {run}.")
-        print(f"{run}: {Tracker.load(Path(run)).replay()} lines sent")
+        tracker = Tracker.load(Path(run))
+        if (Path(run) / rundir.RESULT).exists() and not tracker.ended:  # killed between its result and the end of its MLflow run
+            tracker.owe("finished", rundir.artifacts(Path(run)))
+        print(f"{run}: {tracker.replay()} lines sent")

@@ -9,14 +9,18 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrate import ROOT
 from orchestrate.progress import Phase
 from orchestrate.recipe import Cluster
 
+if TYPE_CHECKING:
+    from orchestrate.storage import Store
+
+FREED_S = 30.0  # in which a cluster clears up after a driver that was killed
 EXCLUDE = ["/.git", "/.venv", "/runs", "/tests", "/docs", "/benchmarks", "/deploy", "**/__pycache__", "*.parquet", "*.png", "*.tar"]
 # Read by the driver and the train controller when ray.train is imported: a report is seen within 0.3 s instead of 2 s.
 ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -158,24 +162,87 @@ def quiet_data(*, in_order: bool = False) -> Any:
     return ray.data
 
 
+def check_storage(store: Store, c: Cluster) -> None:
+    """ValueError, before anything is read, where a node that may train does not see the storage: rank 0 may come to lie on any of them."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    nodes = [n for n in nodes if n["Resources"].get("CPU", 0) >= c.cpus and n["Resources"].get("GPU", 0) >= c.gpus]
+    if not nodes:
+        return
+    mark = f"{store.home}/.seen-{os.urandom(4).hex()}"
+    with store.filesystem.open_output_stream(mark) as file:
+        file.write(b"x")
+    seen = ray.remote(lambda: store.filesystem.get_file_info(mark).size == 1)
+    asked = []
+    for node in nodes:
+        there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked.append((node["NodeManagerHostname"], seen.options(num_cpus=0, scheduling_strategy=there).remote()))
+    try:
+        blind = {host for host, answer in asked if not ray.get(answer, timeout=c.timeout_s)}
+    except ray.exceptions.RayError as error:
+        why = str(error).strip().splitlines()[-1]
+        raise ValueError(f"a node could not say whether it reaches {store.root}: {why}") from error
+    finally:
+        store.filesystem.delete_file(mark)
+    if blind:
+        raise ValueError(
+            f"{store.root} is not the same folder on {', '.join(sorted(blind)[:5])}: give cluster.storage= a folder or an address "
+            "(s3://bucket/path) that all nodes reach. Checkpoints go there."
+        )
+
+
+def when_free(name: str, make: Callable[[], Any]) -> Any:
+    """A named actor, once a driver that was killed has let go of the name. ValueError where another one lives and keeps it."""
+    until = time.monotonic() + FREED_S
+    while True:
+        try:
+            return make()
+        except ValueError as error:
+            if "already taken" not in str(error):
+                raise
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"another process is running this recipe on this cluster (actor {name}): wait for it, or stop it."
+                ) from None
+            time.sleep(0.5)
+
+
+def cause(error: BaseException) -> str:
+    """The worker's own words, without the layers above."""
+    causes = getattr(error, "worker_failures", None) or {}
+    inner: BaseException = next(iter(causes.values()), getattr(error, "controller_failure", error))
+    inner = innermost(inner)
+    return f"training stopped: {type(inner).__name__}: {str(inner).strip()[-2000:]}"
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The error that Ray's layers stand around."""
+    while (below := getattr(error, "cause", None) or error.__cause__) is not None and below is not error:
+        error = below
+    return error
+
+
 def _first_line(error: BaseException) -> str:
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return line.rstrip(".") + "."
 
 
 def demand(cluster: Cluster, matching: bool, streaming: bool) -> dict[str, float]:
-    """CPUs and GPUs that a run holds at its peak. Reading comes before training, unless the set streams."""
-    cpus = cluster.workers * cluster.cpus + (cluster.match_actors * cluster.match_cpus if matching else 0)
+    """CPUs and GPUs that a run needs at its peak. Reading comes before training, unless the set streams."""
+    cpus = cluster.least * cluster.cpus + (cluster.match_actors * cluster.match_cpus if matching else 0)
     if streaming:
         cpus += 1  # at least one reader beside the training, or both wait for ever
-    gpus = cluster.workers * cluster.gpus + (cluster.match_actors * cluster.match_gpus if matching else 0)
+    gpus = cluster.least * cluster.gpus + (cluster.match_actors * cluster.match_gpus if matching else 0)
     return {"CPU": cpus, "GPU": gpus}
 
 
 def plan(cluster: Cluster, matching: bool, streaming: bool) -> str:
     """The resource plan in one line."""
     wanted = demand(cluster, matching, streaming)
-    parts = [f"{cluster.workers} training worker{'s' * (cluster.workers > 1)} × {cluster.cpus:g} CPU"]
+    count = f"{cluster.least}–{cluster.workers}" if cluster.least < cluster.workers else f"{cluster.workers}"
+    parts = [f"{count} training worker{'s' * (cluster.workers > 1)} × {cluster.cpus:g} CPU"]
     parts[0] += f" + {cluster.gpus:g} GPU" if cluster.gpus else ""
     if matching:
         parts.append(f"{cluster.match_actors} matching actor{'s' * (cluster.match_actors > 1)} × {cluster.match_cpus:g} CPU")
@@ -261,7 +328,7 @@ def _place(piece: tuple[float, float], free: list[list[float]]) -> bool:
 def placeable(c: Cluster, matching: bool, streaming: bool, nodes: Sequence[Mapping[str, float]]) -> bool:
     """Whether each worker and actor finds a node that holds it, all at once: sums over a cluster may hide that no single node does."""
     free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
-    return all(_place(piece, free) for piece in _pieces(c, matching, streaming))
+    return all(_place(piece, free) for piece in _pieces(replace(c, workers=c.least, min_workers=0), matching, streaming))
 
 
 def _pieces(c: Cluster, matching: bool, streaming: bool) -> list[tuple[float, float]]:
@@ -272,10 +339,10 @@ def _pieces(c: Cluster, matching: bool, streaming: bool) -> list[tuple[float, fl
 
 def _mend(cluster: Cluster, matching: bool, streaming: bool, kind: str, there: float) -> str:
     one = cluster.cpus if kind == "CPU" else cluster.gpus
-    rest = demand(cluster, matching, streaming)[kind] - cluster.workers * one
+    rest = demand(cluster, matching, streaming)[kind] - cluster.least * one
     fits = math.floor((there - rest) / one + 1e-6) if one else 0
     if fits >= 1:
-        return f"At most cluster.workers={fits} fit."
+        return f"At most cluster.{'min_workers' if cluster.min_workers else 'workers'}={fits} fit."
     key = kind.lower() + "s"
     each = {"workers": cluster.workers > 1 and one, key: one}
     if matching and (actor := getattr(cluster, f"match_{key}")):

@@ -33,9 +33,12 @@ from orchestrate import cluster
 from orchestrate import recipe as recipes
 from orchestrate.pairing import Pool, assemble, choose, draw_pool, facts, learned, save, save_selection, selection_facts, settled
 from orchestrate.prepared import build_attack, build_defense, pixels_of
+from orchestrate.storage import Store
 
 CAPTIONS, IMAGES = 0, 1  # kinds of work items
 KEPT = 2  # finished rounds held for workers that start again from a checkpoint
+ATTEMPTS = 5  # more of an item whose actor or node died; what kills its actor each time does so for a reason
+NO_MEMORY = "lower cluster.match_batch or the pool, or give matching actors a node with more memory."
 
 
 def work_items(epochs: Iterable[int], pools: dict[int, int], images: int, batch: int, actors: int) -> list[dict[str, int]]:
@@ -76,18 +79,31 @@ class MatchActor:
     def __call__(self, item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         epoch, kind, start, stop = (int(item[k][0]) for k in ("epoch", "kind", "start", "stop"))
         self._enter(epoch)
-        if self.matcher is None:
-            shown = self.encoder.images(self.pixels.take(np.arange(start, stop)))
-            arrays = {"cosine": (shown * self.encoder.texts(self.own[start:stop])).sum(1).cpu().numpy()}
-        elif kind == CAPTIONS:
-            encoded = self.encoder.text_features(self.captions[start:stop], self.matcher.tokens)
-            arrays = {name: x.cpu().numpy() for name, x in encoded._asdict().items() if x is not None}
-        else:
-            self.pool = self.pool or self._encoded_pool(epoch)
-            images = self.encoder.image_features(self.pixels.take(np.arange(start, stop)), self.matcher.tokens)
-            own = self.encoder.text_features(self.own[start:stop], self.matcher.tokens) if self.matcher.move < 1 else None
-            arrays = choose(self.matcher, images, self.pool, own)
+        try:
+            if self.matcher is None:
+                arrays = self._agreement(start, stop)
+            else:
+                arrays = self._encode(self.matcher, start, stop) if kind == CAPTIONS else self._match(self.matcher, epoch, start, stop)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch's own are RuntimeErrors
+                raise
+            raise MemoryError(f"matching {stop - start} images or captions at once does not fit: {NO_MEMORY} ({error})") from None
         return {**item, "payload": np.array([pack(arrays)], dtype=object)}
+
+    def _agreement(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Cosine of each image and its own caption."""
+        shown = self.encoder.images(self.pixels.take(np.arange(start, stop)))
+        return {"cosine": (shown * self.encoder.texts(self.own[start:stop])).sum(1).cpu().numpy()}
+
+    def _encode(self, matcher: Matcher, start: int, stop: int) -> dict[str, np.ndarray]:
+        encoded = self.encoder.text_features(self.captions[start:stop], matcher.tokens)
+        return {name: x.cpu().numpy() for name, x in encoded._asdict().items() if x is not None}
+
+    def _match(self, matcher: Matcher, epoch: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        self.pool = self.pool or self._encoded_pool(epoch)
+        images = self.encoder.image_features(self.pixels.take(np.arange(start, stop)), matcher.tokens)
+        own = self.encoder.text_features(self.own[start:stop], matcher.tokens) if matcher.move < 1 else None
+        return choose(matcher, images, self.pool, own)
 
     def _enter(self, epoch: int) -> None:
         """Take up a round: wait (without limit: the training must get there) for its weights, and load them."""
@@ -111,7 +127,7 @@ class Rounds:
 
     def __init__(self, recipe: dict[str, Any], run_dir: str, inputs: dict[str, Any]) -> None:
         self.recipe, self.run_dir, self._inputs = recipes.unpacked(recipe), Path(run_dir), inputs
-        self.defense = build_defense(self.recipe)
+        self.defense, self.store = build_defense(self.recipe), Store.of(self.recipe)
         self.change = threading.Condition()
         self.pools: dict[int, Pool] = {}
         self.states: dict[int, list[Any]] = {}
@@ -184,9 +200,9 @@ class Rounds:
         try:
             if epochs:
                 self._run(epochs, me)
-        except BaseException:  # whatever it is, the workers that wait must hear of it
+        except BaseException as error:  # whatever it is, the workers that wait must hear of it
             with self.change:
-                self.error = traceback.format_exc(limit=20)
+                self.error = _told(error)
                 self.change.notify_all()
 
     def _run(self, epochs: list[int], me: Any) -> None:
@@ -211,7 +227,7 @@ class Rounds:
             num_cpus=c.match_cpus,
             num_gpus=c.match_gpus or None,
             max_restarts=-1,
-            max_task_retries=-1,
+            max_task_retries=ATTEMPTS,
             # True, Ray Data's default, lets an item of images run before its round's captions, on the one actor that should encode them:
             # both wait, until cluster.timeout_s.
             allow_out_of_order_execution=False,
@@ -246,22 +262,36 @@ class Rounds:
                     held.pop(old, None)
             self.change.notify_all()
 
+    def _keep(self, files: list[Path]) -> None:
+        """Files of a round, in the run's storage before anybody learns from it."""
+        self.store.push(self.run_dir, [file.relative_to(self.run_dir).as_posix() for file in files])
+
     def _selected(self, epoch: int, cosine: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
         selector = self.defense.selector(epoch)
         assert selector is not None
         selection = selector.split(cosine, self.safe_share[epoch])
-        save_selection(self.run_dir / "rounds", epoch, self.table, cosine, selection)
+        self._keep([save_selection(self.run_dir / "rounds", epoch, self.table, cosine, selection)])
         told = selection_facts(self.table, cosine, selection)
         return {"safe": selection.safe, "share": selection.share}, {"kind": "select", **told}
 
     def _paired(self, epoch: int, match: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
         pool, matcher = self.pools[epoch], matcher_at(self.defense, epoch)
         match = settled(match, matcher.move)
-        save(self.run_dir / "rounds", epoch, self.table, pool, match)
+        self._keep(save(self.run_dir / "rounds", epoch, self.table, pool, match))
         pairing: dict[str, Any] = {"index": learned(match)[0], "captions": pool.captions, "matched": matcher.matched}
         if matcher.matched == "embedding":
             pairing["features"] = ray.get(self.encodings[epoch][0])["pooled"]
         return pairing, {"kind": "match", **facts(self.table, pool, match, matcher.name)}
+
+
+def _told(error: BaseException) -> str:
+    """What went wrong, as a user can use it; a traceback where it is ours to mend."""
+    inner = cluster.innermost(error)
+    if isinstance(inner, MemoryError):
+        return str(inner)
+    if isinstance(inner, ray.exceptions.ActorDiedError):
+        return f"an actor died {ATTEMPTS + 1} times of the same item, as where the system kills what takes too much memory: {NO_MEMORY}"
+    return traceback.format_exc(limit=20)
 
 
 def matcher_at(defense: Defense, epoch: int) -> Matcher:

@@ -72,8 +72,8 @@ def learned(match: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.where(stays, -1, match["index"]), np.where(stays, match["own_distance"], match["distance"])
 
 
-def save(folder: Path, epoch: int, table: pa.Table, pool: Pool, match: Mapping[str, np.ndarray]) -> None:
-    """`e002.parquet`, a row for each pair, and `e002-pool.parquet`, the pool's ids and captions.
+def save(folder: Path, epoch: int, table: pa.Table, pool: Pool, match: Mapping[str, np.ndarray]) -> list[Path]:
+    """Writes `e002.parquet`, a row for each pair, and `e002-pool.parquet`, the pool's ids and captions; returns both.
 
     id; pool_row: the caption it learns from, −1 where its own stays; distance: to that caption; nearest: the pool's nearest all the same.
     """
@@ -87,15 +87,19 @@ def save(folder: Path, epoch: int, table: pa.Table, pool: Pool, match: Mapping[s
             "nearest": pa.array(match["index"].astype(np.int32)),
         }
     )
-    pq.write_table(pairs, folder / f"e{epoch:03d}.parquet", compression="zstd")
-    pq.write_table(pa.table({"id": pool.ids, "caption": pool.captions}), folder / f"e{epoch:03d}-pool.parquet", compression="zstd")
+    files = [folder / f"e{epoch:03d}.parquet", folder / f"e{epoch:03d}-pool.parquet"]
+    for file, rows in zip(files, (pairs, pa.table({"id": pool.ids, "caption": pool.captions})), strict=True):
+        pq.write_table(rows, file, compression="zstd")
+    return files
 
 
-def save_selection(folder: Path, epoch: int, table: pa.Table, cosine: np.ndarray, selection: Selection) -> None:
-    """`e007-safe.parquet`, a row for each pair: id, cosine, posterior (of agreeing), safe."""
+def save_selection(folder: Path, epoch: int, table: pa.Table, cosine: np.ndarray, selection: Selection) -> Path:
+    """Writes `e007-safe.parquet`, a row for each pair: id, cosine, posterior (of agreeing), safe; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = {"id": table.column("id"), "cosine": cosine, "posterior": selection.posterior, "safe": selection.safe}
-    pq.write_table(pa.table(columns), folder / f"e{epoch:03d}-safe.parquet", compression="zstd")
+    file = folder / f"e{epoch:03d}-safe.parquet"
+    pq.write_table(pa.table(columns), file, compression="zstd")
+    return file
 
 
 def selection_facts(table: pa.Table, cosine: np.ndarray, selection: Selection) -> dict[str, Any]:

@@ -187,14 +187,15 @@ def streams(recipe: Recipe, dataset: Dataset) -> bool:
 
 def check_size(recipe: Recipe, table: pa.Table) -> None:
     """ValueError for a batch that the set or the workers cannot make up."""
-    train, workers = recipe.train, recipe.cluster.workers
+    train, parts = recipe.train, recipe.cluster.workers * recipe.train.accumulate
     if table.num_rows < train.batch:
         raise ValueError(
             f"{table.num_rows:,} training pairs do not fill one batch of train.batch={train.batch}: lower it, or use more data."
         )
-    if train.batch % (workers * train.accumulate):
+    if train.batch < parts:
         raise ValueError(
-            f"train.batch={train.batch} does not divide into cluster.workers={workers} × train.accumulate={train.accumulate} equal parts."
+            f"train.batch={train.batch} is smaller than cluster.workers={recipe.cluster.workers} × train.accumulate={train.accumulate}: "
+            "each takes at least one pair."
         )
     defense = build_defense(recipe)
     if type(defense).selector is not Defense.selector and not any(defense.selector(e) for e in range(1, train.epochs + 1)):
@@ -204,11 +205,16 @@ def check_size(recipe: Recipe, table: pa.Table) -> None:
         )
     if (plan := defense.repair()) is not None:
         trusted = len(trusted_positions(table, plan.clean, recipe.seed))
-        if trusted < plan.batch or plan.batch % workers:
+        if trusted < plan.batch or plan.batch < recipe.cluster.workers:
             raise ValueError(
-                f"the repair's batch of {plan.batch} must divide into cluster.workers={workers} equal parts, and its {trusted:,} trusted "
-                "pairs must fill one: change defense.batch, or give more with defense.clean."
+                f"the repair's batch of {plan.batch} must hold a pair for each of cluster.workers={recipe.cluster.workers}, and its "
+                f"{trusted:,} trusted pairs must fill one: change defense.batch, or give more with defense.clean."
             )
+
+
+def share(batch: int, world: int, rank: int) -> slice:
+    """Which rows of a global batch a worker takes. Shares differ by at most one row where the batch does not divide."""
+    return slice(rank * batch // world, (rank + 1) * batch // world)
 
 
 # --- order and keys ------------------------------------------------------------------------------------------------------------

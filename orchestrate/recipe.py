@@ -109,6 +109,7 @@ class Cluster:
 
     address: str = ""  # "" = this machine; "auto" or host:port = a running cluster
     workers: int = 1  # training workers
+    min_workers: int = 0  # fewest to go on with where nodes are lost (spot), back to `workers` when they return; 0 = always `workers`
     cpus: float = 1.0  # a worker
     gpus: float = 0.0  # a worker
     threads: int = 0  # torch threads a worker; 0 = the node's cores ÷ workers
@@ -120,10 +121,19 @@ class Cluster:
     max_failures: int = 3  # worker-group restarts from the last checkpoint
     timeout_s: float = 1800.0  # longest wait for one matching round or one read, then an error that says what it waited for
     runs: str = "runs"  # run directories and the default tracking store
+    storage: str = ""  # s3://…, gs://… or a folder that all nodes reach: checkpoints and a copy of the run; "" = its directory
+    storage_retry_s: float = 120.0  # how long storage that fails is tried again, then an error
 
     def __post_init__(self) -> None:
-        _above(self, 0, "workers", "cpus", "match_actors", "match_batch", "readers", "timeout_s")
-        _least(self, 0, "gpus", "threads", "match_cpus", "match_gpus")
+        _above(self, 0, "workers", "cpus", "match_actors", "match_batch", "readers", "timeout_s", "storage_retry_s")
+        _least(self, 0, "gpus", "threads", "match_cpus", "match_gpus", "min_workers")
+        if self.min_workers > self.workers:
+            raise ValueError(f"cluster.min_workers={self.min_workers} is above cluster.workers={self.workers}: give at most as many.")
+
+    @property
+    def least(self) -> int:
+        """Training workers without which a run does not start."""
+        return self.min_workers or self.workers
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attacks.base import pick
-from orchestrate import journal
+from orchestrate import journal, mlflow_uri
 from orchestrate.cluster import absolute
 from orchestrate.data.pixels import Pixels
 from orchestrate.prepared import Prepared, build_defense, left_out
 from orchestrate.recipe import Recipe, flatten
 from orchestrate.secrets import masked_tree
+from orchestrate.storage import CHECKPOINTS, Store
 
 RESULT = "result.json"
 SHOWN = 8  # examples of each kind in the gallery
@@ -36,24 +37,57 @@ PACKAGES = ("torch", "open_clip_torch", "ray", "mlflow", "pyarrow", "numpy")
 
 
 def finished(recipe: Recipe) -> dict[str, Any] | None:
-    """The result of a finished run of the same identity, under whatever recipe name; None if there is none."""
+    """The result of a finished run of the same identity, under whatever recipe name; None if there is none.
+
+    One that another host finished is fetched from `cluster.storage`.
+    """
     for file in sorted(absolute(recipe.cluster.runs).glob(f"*-{recipe.identity[:8]}/{RESULT}")):
         with contextlib.suppress(OSError, json.JSONDecodeError):
             result = json.loads(file.read_text())
             if result.get("identity") == recipe.identity:
                 return result
-    return None
+    store = Store.of(recipe)
+    stored = journal.parse(store.read(RESULT) or b"") if store.shared else None
+    if stored is None or stored.get("identity") != recipe.identity:
+        return None
+    folder = absolute(recipe.cluster.runs) / recipe.directory
+    folder.mkdir(parents=True, exist_ok=True)
+    store.pull(folder)
+    write_json(folder / RESULT, stored | {"run": str(folder)})
+    return stored | {"run": str(folder)}
+
+
+def complete(recipe: Recipe, folder: Path) -> None:
+    """What follows result.json, and is caught up on where a kill came between: the end of the MLflow run, the copy in the storage."""
+    from orchestrate.track import Tracker
+
+    uri = mlflow_uri.resolve(recipe.track.uri, folder.parent)
+    tracker = Tracker.load(folder, uri if "@" in uri else None)
+    if not tracker.ended:
+        tracker.finish("finished", artifacts(folder))
+    store = Store.of(recipe)
+    if store.shared and store.read(RESULT) is None:
+        store.push(folder)
+    store.remove(CHECKPOINTS)
 
 
 @contextlib.contextmanager
 def claimed(recipe: Recipe, fresh: bool = False) -> Iterator[Path]:
-    """The run's directory, with its recipe.json, held against a second process. `fresh` empties it first."""
+    """The run's directory, with its recipe.json, held against a second process. `fresh` empties it first.
+
+    Where `cluster.storage` knows more of the run than this directory does (another host went on with it), it is fetched.
+    """
     folder = absolute(recipe.cluster.runs) / recipe.directory
     with journal.held(folder):
         if fresh:
             for child in folder.iterdir():
                 if child.name != journal.LOCK:
                     shutil.rmtree(child) if child.is_dir() else child.unlink()
+            Store.of(recipe).remove()
+        elif (store := Store.of(recipe)).shared:
+            known = (folder / journal.NAME).stat().st_size if (folder / journal.NAME).exists() else -1
+            if len(store.read(journal.NAME) or b"") > known:
+                store.pull(folder)
         write_json(folder / "recipe.json", {**recipe.as_dict(), "identity": recipe.identity})
         yield folder
 
@@ -127,7 +161,6 @@ def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] 
         export(recipe, folder / "model", model, cfg, result)
         write_plans(recipe, folder, model, cfg)
     write_json(folder / RESULT, result)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # optimiser state: only an unfinished run needs it
     return result
 
 

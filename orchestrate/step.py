@@ -273,18 +273,22 @@ def _padded(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def gather(x: Tensor | None, world: int, rank: int) -> Tensor | None:
-    """All workers' rows in rank order; gradient flows into this worker's rows."""
+    """All workers' rows in rank order, x (n,), (n, d) or (n, L, …); gradient flows into this worker's rows."""
     if x is None or world == 1:
         return x
-    if x.ndim >= 2:  # captions are trimmed worker by worker, so token counts differ
-        length = torch.tensor(x.shape[1], device=x.device)
-        dist.all_reduce(length, dist.ReduceOp.MAX)
-        if (more := int(length) - x.shape[1]) > 0:
-            x = torch.cat([x, x.new_zeros(x.shape[0], more, *x.shape[2:])], 1)
+    # Shares differ by a row where the batch does not divide, token counts because captions are trimmed worker by worker.
+    shapes = torch.zeros(world, 2, dtype=torch.long, device=x.device)
+    shapes[rank] = torch.tensor([len(x), x.shape[1] if x.ndim > 1 else 0])
+    dist.all_reduce(shapes)
+    counts, (most, longest) = shapes[:, 0].tolist(), shapes.amax(0).tolist()
+    if x.ndim > 1 and longest > x.shape[1]:
+        x = torch.cat([x, x.new_zeros(x.shape[0], longest - x.shape[1], *x.shape[2:])], 1)
     sent = x.detach().contiguous()
     sent = sent.to(torch.uint8) if sent.dtype == torch.bool else sent
+    if most > len(sent):
+        sent = torch.cat([sent, sent.new_zeros(most - len(sent), *sent.shape[1:])])
     rows = [torch.empty_like(sent) for _ in range(world)]
     dist.all_gather(rows, sent)
-    rows = [r.bool() for r in rows] if x.dtype == torch.bool else rows
+    rows = [r[:n].to(x.dtype) for r, n in zip(rows, counts, strict=True)]
     rows[rank] = x
     return torch.cat(rows)

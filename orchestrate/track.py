@@ -117,11 +117,20 @@ class Tracker:
             raise ValueError(f"status {status!r} is none of {', '.join(STATUS)}.")
         if self.uri == NONE:
             return
+        self.owe(status, artifacts)
+        self.silent_until = 0.0  # worth one more try, whatever happened before
+        self._try(retries=1)
+
+    def owe(self, status: str, artifacts: Sequence[Path] = ()) -> None:
+        """Put the end of the run on the list for `replay`."""
         paths = [os.path.relpath(Path(p).absolute(), self.run_dir) for p in artifacts]
         with contextlib.suppress(OSError):  # a full disk must not turn a finished run into a failed one
             self._note(closing={"status": STATUS[status.lower()], "artifacts": paths})
-        self.silent_until = 0.0  # worth one more try, whatever happened before
-        self._try(retries=1)
+
+    @property
+    def ended(self) -> bool:
+        """Whether MLflow knows that the run is finished; so it is where nothing is tracked."""
+        return self.uri == NONE or _read_state(self.run_dir).get("ended") == STATUS["finished"]
 
     def replay(self) -> int:
         """Send the lines MLflow has not got and end what `finish` began. Lines sent. ValueError where it is silent."""
@@ -166,7 +175,7 @@ class Tracker:
             logged = [Param(_name(key), _text(value)) for key, value in parameters.items()]
             for i in range(0, len(logged), PARAMS_PER_CALL):
                 client.log_batch(self.run_id, params=logged[i : i + PARAMS_PER_CALL])
-        self._note(parameters=True, closing=None)
+        self._note(parameters=True, closing=None, ended=None)
 
     def _try(self, retries: int) -> None:
         """Send, unless MLflow was silent a moment ago. On failure warn once, and wait longer before each next attempt."""
@@ -203,7 +212,7 @@ class Tracker:
             with _waits(UPLOAD_S, retries=1):
                 for name in closing["artifacts"]:
                     self._upload(client, name)
-            self._note(closing=None)
+            self._note(closing=None, ended=closing["status"])
         return sent
 
     def _batch(self, client: MlflowClient, points: Sequence[Point]) -> None:

@@ -33,18 +33,22 @@ from orchestrate.data.index import Dataset, open_dataset
 from orchestrate.data.pixels import Pixels, distinct
 from orchestrate.progress import Phase
 from orchestrate.recipe import Recipe
-from orchestrate.track import Tracker
+from orchestrate.storage import CHECKPOINTS, Store
+from orchestrate.track import STATE, Tracker
 
 os.environ.update(cluster.ENVIRONMENT)
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.execution.callback import ControllerCallback  # no public hook sees a group that waits for nodes
+from ray.train.v2._internal.execution.controller.state import InitializingState, ReschedulingState, RestartingState
 
 CHUNK = 512  # images a reading task decodes
 WINDOW = 4096  # rows shuffled together where a set streams
 STREAM_CHUNK = 1024  # consecutive rows that a window is made of: near a Parquet row group
 NOTE_S = 0.5  # seconds between two progress notes
-STATE = "state.pt"
+LEARNT = "state.pt"  # in a checkpoint
+RETRIES = 3  # of starting the workers, where nodes were lost
 
 
 def fit(recipe: Recipe, *, force: bool = False, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -53,8 +57,9 @@ def fit(recipe: Recipe, *, force: bool = False, tags: Mapping[str, str] | None =
     Interrupted anywhere, the same call goes on from the last checkpoint. `tags` join the run's own in MLflow. ValueError for what
     the user can mend.
     """
-    done = rundir.finished(recipe)
-    if done and not force:
+    done = None if force else rundir.finished(recipe)
+    if done:
+        rundir.complete(recipe, Path(done["run"]))
         return done
     with rundir.claimed(recipe, fresh=force) as folder:
         told = rundir.tags(recipe) | dict(tags or {})
@@ -66,7 +71,7 @@ def fit(recipe: Recipe, *, force: bool = False, tags: Mapping[str, str] | None =
                 "killed" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
             )  # SystemExit: Ray's answer to SIGTERM
             raise
-        tracker.finish("finished", rundir.artifacts(folder))
+        rundir.complete(recipe, folder)
         return result
 
 
@@ -79,12 +84,15 @@ def _run(recipe: Recipe, folder: Path, tracker: Tracker) -> dict[str, Any]:
     with cluster.connected(recipe.cluster) as resources:
         streaming = prepared.streams(recipe, dataset)
         cluster.preflight(recipe.cluster, matching, streaming, cluster.grow(recipe.cluster, matching, streaming, resources))
+        cluster.preflight(recipe.cluster, matching, streaming, resources)
+        cluster.check_storage(Store.of(recipe), recipe.cluster)
         dataset, images = read_images(recipe, dataset, streaming)
         ready = _planned(recipe, dataset, images)
         prepared.check_size(recipe, ready.table)
         prepared.write(folder, ready)
         inputs, pixels = _inputs(recipe, ready, images)
         rundir.write_gallery(folder, ready, pixels)
+        Store.of(recipe).push(folder)
         seconds = time.monotonic() - started
         state = _train(recipe, folder, tracker, inputs)
     result = rundir.finish(recipe, folder, ready, state, seconds)
@@ -222,58 +230,51 @@ def _inputs(
 
 
 def _train(recipe: Recipe, folder: Path, tracker: Tracker, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """Training from the last checkpoint to the end; returns the final state (STATE's content)."""
+    """Training from the last checkpoint to the end; returns the final state (LEARNT's content)."""
     from orchestrate.match import Rounds
 
-    c = recipe.cluster
+    c, store = recipe.cluster, Store.of(recipe)
     name = f"rounds-{recipe.identity}"
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    rounds: Any = (
-        ray.remote(Rounds)
-        .options(name=name, num_cpus=0, max_concurrency=64 + 2 * c.match_actors + 2 * c.workers, scheduling_strategy=here)
-        .remote(recipes.packed(recipe), str(folder), inputs)
+    desk = ray.remote(Rounds).options(
+        name=name, num_cpus=0, max_concurrency=64 + 2 * c.match_actors + 2 * c.workers, scheduling_strategy=here
     )
+    rounds: Any = cluster.when_free(name, lambda: desk.remote(recipes.packed(recipe), str(folder), inputs))
+    # How long workers may take to find their places, all RETRIES together: a lost node should be back by then.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{max(30.0, c.timeout_s / (1 + RETRIES)):g}"
     trainer = ray.train.torch.TorchTrainer(
         work,
         train_loop_config={"recipe": recipes.packed(recipe), "rounds": name},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=c.workers,
+            num_workers=(c.least, c.workers) if c.least < c.workers else c.workers,  # type: ignore[arg-type]
             use_gpu=c.gpus > 0,
             resources_per_worker={"CPU": c.cpus, **({"GPU": c.gpus} if c.gpus else {})},
         ),
         torch_config=ray.train.torch.TorchConfig(timeout_s=int(c.timeout_s)),
         run_config=ray.train.RunConfig(
-            name="checkpoints",
-            storage_path=str(folder),
-            failure_config=ray.train.FailureConfig(max_failures=c.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
+            name=CHECKPOINTS,
+            storage_path=store.home,
+            storage_filesystem=store.filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=c.max_failures, controller_failure_limit=RETRIES),  # type: ignore[call-arg]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=[_Log(tracker)],  # type: ignore[list-item]
+            callbacks=[_Log(tracker, store), _Patience(c.least, c.timeout_s)],  # type: ignore[list-item]
         ),
     )
     try:
         with _watched(rounds, recipe):
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise RuntimeError(_cause(error)) from error
+        raise RuntimeError(cluster.cause(error)) from error
     finally:
         ray.kill(rounds)
     return _load(result.checkpoint) if result.checkpoint else None
 
 
-def _cause(error: BaseException) -> str:
-    """The worker's own words, without the layers above."""
-    causes = getattr(error, "worker_failures", None) or {}
-    inner: BaseException = next(iter(causes.values()), error)
-    while (below := getattr(inner, "cause", None) or inner.__cause__) is not None and below is not inner:
-        inner = below
-    return f"training stopped: {type(inner).__name__}: {str(inner).strip()[-2000:]}"
-
-
 class _Log(ray.train.UserCallback):
     """In the controller: what rank 0 reports goes to metrics.jsonl and MLflow."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
+    def __init__(self, tracker: Tracker, store: Store) -> None:
+        self.tracker, self.store = tracker, store
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         try:
@@ -283,12 +284,32 @@ class _Log(ray.train.UserCallback):
             self.tracker.truncate_after(records[0]["epoch"] - 1)  # an epoch done again after a failure replaces itself
             for record in records:
                 self.tracker.log(record, record["epoch"])
+            self.store.push(self.tracker.run_dir, (journal.NAME, STATE))
         except Exception:  # an exception here would end the run
             logging.getLogger(__name__).exception("a record was not logged")
 
     def _has(self, records: list[dict[str, Any]]) -> bool:
         lines = journal.read(self.tracker.run_dir / journal.NAME)
         return sum(line.get("epoch") == records[0]["epoch"] for line in lines) >= len(records)
+
+
+class _Patience(ControllerCallback):
+    """In the controller: the limit of waiting for nodes that Ray Train's elastic policy lacks."""
+
+    def __init__(self, least: int, limit_s: float) -> None:
+        self.least, self.limit_s, self.since = least, limit_s, 0.0
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        if not isinstance(current_state, InitializingState | RestartingState | ReschedulingState):
+            self.since = 0.0
+            return
+        self.since = self.since or time.monotonic()
+        if time.monotonic() - self.since > self.limit_s:
+            raise RuntimeError(
+                f"waited {self.limit_s:g} s (cluster.timeout_s) for room for {self.least} training workers (cluster.min_workers): "
+                "start more nodes and run again; it goes on from the last checkpoint."
+            )
+        time.sleep(0.1)  # Ray's own loop does not pause
 
 
 class _watched:
@@ -427,7 +448,7 @@ class Worker:
         with tempfile.TemporaryDirectory() as folder:
             state = {**self.learner.state_dict(), "epoch": records[-1]["epoch"], "records": metrics["records"]}
             state["safe_share"] = self.safe_share
-            torch.save(state, Path(folder) / STATE)
+            torch.save(state, Path(folder) / LEARNT)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def report_again(self) -> None:
@@ -467,7 +488,7 @@ class Worker:
         safe = pairing.get("safe")
         if safe is not None:
             order = order[np.argsort(safe[order], kind="stable")]
-        order = order.reshape(self.steps, self.world, self.batch // self.world)[:, self.rank]
+        order = order.reshape(self.steps, self.batch)[:, prepared.share(self.batch, self.world, self.rank)]
         keys = prepared.epoch_keys(self.keys, epoch)
         images = (self.pixels.take(rows) for rows in order) if self.pixels.images is not None else self._stream(order)
         for rows, pixels in zip(order, _ahead(images), strict=True):
@@ -539,7 +560,7 @@ def _load(checkpoint: Any) -> dict[str, Any]:
     import torch
 
     with checkpoint.as_directory() as folder:
-        return torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
+        return torch.load(Path(folder) / LEARNT, map_location="cpu", weights_only=True)
 
 
 def _ahead(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:

@@ -32,6 +32,7 @@ CLUSTERS = st.builds(
     [
         (Cluster(), False, False, (1, 0), "1 training worker × 1 CPU = 1 CPU"),
         (Cluster(), True, False, (1.5, 0), "1 training worker × 1 CPU + 1 matching actor × 0.5 CPU = 1.5 CPU"),
+        (Cluster(workers=4, min_workers=2), False, False, (2, 0), "2–4 training workers × 1 CPU = 2 CPU"),
         (Cluster(workers=2, cpus=0.5), False, True, (2, 0), "2 training workers × 0.5 CPU + readers × 1 CPU = 2 CPU"),
         (
             Cluster(workers=8, cpus=8, gpus=1, match_actors=8, match_cpus=4, match_gpus=0.1),
@@ -127,6 +128,24 @@ def test_the_number_of_workers_it_suggests_does_fit_and_one_more_does_not(settin
     cluster.preflight(dataclasses.replace(settings, workers=count), matching, streaming, has)
     with pytest.raises(ValueError):
         cluster.preflight(dataclasses.replace(settings, workers=count + 1), matching, streaming, has)
+
+
+def test_fewer_workers_than_wanted_may_start_but_not_fewer_than_needed():
+    elastic = Cluster(workers=8, min_workers=2)
+    cluster.preflight(elastic, False, False, {"CPU": 2})
+    with pytest.raises(ValueError, match=r"2–8 training workers.*has 1 CPU. At most cluster.min_workers=1 fit."):
+        cluster.preflight(elastic, False, False, {"CPU": 1})
+    with pytest.raises(ValueError, match=r"cluster.min_workers=3 is above cluster.workers=2"):
+        Cluster(workers=2, min_workers=3)
+
+
+def test_the_error_that_others_stand_around_is_found():
+    inner = ValueError("here")
+    middle = RuntimeError("middle")
+    middle.__cause__ = inner
+    outer = RuntimeError("outer")
+    outer.cause = middle
+    assert cluster.innermost(outer) is inner and cluster.innermost(inner) is inner
 
 
 def test_a_streaming_run_leaves_a_core_for_a_reader():

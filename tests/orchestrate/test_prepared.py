@@ -184,9 +184,10 @@ def test_rows_for_the_probe_are_labelled_clean_and_chosen_by_hash(dataset):
         ({"defense": "safeclip", "train.epochs": 7}, None),
         ({"defense": "cleanclip", "defense.batch": 64, "defense.clean": 60}, "the repair's batch of 64 .* and its 60 trusted pairs"),
         (
-            {"defense": "cleanclip", "defense.batch": 30, "cluster.workers": 4},
-            "the repair's batch of 30 must divide into cluster.workers=4",
+            {"defense": "cleanclip", "defense.batch": 3, "cluster.workers": 4},
+            "the repair's batch of 3 must hold a pair for each of cluster.workers=4",
         ),
+        ({"defense": "cleanclip", "defense.batch": 30, "cluster.workers": 4}, None),
         ({"defense": "cleanclip", "defense.batch": 32, "cluster.workers": 4, "defense.clean": 0.5}, None),
     ],
 )
@@ -207,11 +208,11 @@ def test_a_stage_that_cannot_be_is_refused_before_training(folder, dataset, word
         (16, 4, 4, None),
         (120, 2, 1, None),
         (121, 1, 1, "120 training pairs do not fill one batch of train.batch=121: lower it, or use more data."),
-        (16, 3, 1, "train.batch=16 does not divide into cluster.workers=3 × train.accumulate=1 equal parts."),
-        (16, 4, 8, "train.batch=16 does not divide into cluster.workers=4 × train.accumulate=8 equal parts."),
+        (16, 3, 1, None),
+        (16, 4, 8, "train.batch=16 is smaller than cluster.workers=4 × train.accumulate=8: each takes at least one pair."),
     ],
 )
-def test_a_batch_must_be_filled_and_divide_evenly(folder, dataset, batch, workers, accumulate, message):
+def test_a_batch_must_be_filled_and_have_a_pair_for_each(folder, dataset, batch, workers, accumulate, message):
     recipe = small.recipe(folder, train__batch=batch, cluster__workers=workers, train__accumulate=accumulate)
     if message is None:
         prepared.check_size(recipe, dataset.train)
@@ -219,6 +220,13 @@ def test_a_batch_must_be_filled_and_divide_evenly(folder, dataset, batch, worker
         with pytest.raises(ValueError) as error:
             prepared.check_size(recipe, dataset.train)
         assert str(error.value) == message
+
+
+@pytest.mark.parametrize("world", range(1, 18))
+def test_shares_cover_a_batch_once_and_differ_by_one_at_most(world):
+    rows = [list(range(17))[prepared.share(17, world, rank)] for rank in range(world)]
+    assert [row for part in rows for row in part] == list(range(17))
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
 
 def test_a_set_streams_when_it_would_not_fit(folder, dataset):

@@ -110,8 +110,12 @@ def examples(number: int, size: int = SIDE, matched: bool = False, selected: boo
     )
 
 
-def share(whole: Examples, rank: int, world: int) -> Examples:
-    return step.split(whole, world)[rank]
+def share(whole: Examples, rank: int, world: int, parts: int) -> Examples:
+    """Two workers' shares differ in size, as where a batch does not divide; but three examples make no four micro-batches."""
+    cut = [0, BATCH // 2 + (parts < 4), BATCH] if world == 2 else [0, BATCH]
+    part = slice(cut[rank], cut[rank + 1])
+    matched, safe = (None if x is None else x[part] for x in (whole.matched, whole.safe))
+    return Examples(whole.images[part], whole.captions[part], whole.keys[part], matched, safe)
 
 
 def learner(case: Case, seed: int = 0) -> Learner:
@@ -141,7 +145,7 @@ def trained(case: Case, rank: int = 0, world: int = 1) -> dict[str, Any]:
     for number in range(STEPS):
         last = number == STEPS - 1
         batch = examples(number, case.size, case.matched and last, case.selected and last)
-        losses.append(one.step(share(batch, rank, world), robust=case.robust and last, epoch=3 if last else 1))
+        losses.append(one.step(share(batch, rank, world, case.train.accumulate), robust=case.robust and last, epoch=3 if last else 1))
     assert len(one.queue[0]) == (5 if case.selected else 0)
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in one.model.named_parameters()}
     return {"losses": torch.stack(losses), "gradients": gradients, "state": dict(one.model.state_dict())}

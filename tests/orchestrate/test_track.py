@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate import journal, mlflow_uri, track
+from orchestrate import cli, journal, mlflow_uri, rundir, track
+from orchestrate.recipe import from_dict
 from orchestrate.track import Tracker
 
 mlflow = pytest.importorskip("mlflow")
@@ -93,6 +94,27 @@ def test_resume_takes_up_the_same_run_and_counts_nothing_twice(tmp_path: Path, s
     mlflow.MlflowClient(store).delete_run(again.run_id)
     other = Tracker.start(tmp_path / "run", store, "resumed", {"seed": 1})  # deleted by hand: everything goes to a new one
     assert other.run_id != again.run_id and other.replay() == 3 and len(points(other, "train/loss")) == 3
+
+
+@pytest.mark.parametrize("mend", ["run", "sync"])
+def test_a_run_killed_between_its_result_and_the_end_of_its_mlflow_run_is_ended_later(tmp_path: Path, store: str, mend: str) -> None:
+    """By the next `antidote run` of the finished identity, or by `antidote track sync`; once."""
+    recipe = from_dict({"name": "r"}, {"cluster.runs": str(tmp_path), "track.uri": store}).recipe
+    folder = tmp_path / recipe.directory
+    tracker = Tracker.start(folder, store, "killed", {}, {})
+    tracker.log(train(1, 2.5), step=10)
+    rundir.write_json(folder / rundir.RESULT, {"identity": recipe.identity, "run": str(folder), "asr/targeted": 0.25})
+    status = lambda: mlflow.MlflowClient(store).get_run(tracker.run_id).info.status
+    assert status() == "RUNNING"
+    for _ in range(2):
+        if mend == "run":
+            result = rundir.finished(recipe)
+            assert result is not None
+            rundir.complete(recipe, Path(result["run"]))
+        else:
+            assert cli.main(["track", "sync", str(folder)]) == 0
+        assert status() == "FINISHED" and Tracker.load(folder).ended
+        assert points(tracker, "asr/targeted") == [(10, 0.25)]
 
 
 def test_none_keeps_the_file_only_and_can_be_synced_later(tmp_path: Path, store: str) -> None:
