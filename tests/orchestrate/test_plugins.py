@@ -82,7 +82,7 @@ def test_every_built_in_name_loads_a_class_of_its_room(kind, name):
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        ("attack", "badnet", r"no attack is called 'badnet'. Did you mean badnets\?"),
+        ("attack", "badnet", r"no attack is called 'badnet'. Did you mean badnets or wanet\?"),
         ("defense", "ROCLIP", r"no defense is called 'ROCLIP'. Known: clip, augmented, roclip.*; or ./file.py:Class"),
         ("attack", "roclip", r"no attack is called 'roclip'"),
         ("defense", "no.such.module:Class", r"cannot load 'no.such.module:Class': No module named 'no'"),
