@@ -69,9 +69,10 @@ def connected(cluster: Cluster, dashboard: bool = False) -> Iterator[dict[str, f
                 log_to_driver=bool(os.environ.get("ANTIDOTE_RAY_LOGS")),
                 logging_level=logging.ERROR,
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises a bare Exception where a busy machine does not start its processes in time
             where = cluster.address or "this machine"
-            raise ValueError(f"no Ray session on {where}: {_first_line(error)} Check cluster.address, or leave it empty.") from error
+            mend = "Check cluster.address, or leave it empty." if cluster.address else "Try again when the machine is less busy."
+            raise ValueError(f"no Ray session on {where}: {_first_line(error)} {mend}") from error
     try:
         yield ray.cluster_resources()
     finally:
