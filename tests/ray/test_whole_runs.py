@@ -69,7 +69,7 @@ def test_members_of_a_suite_run_at_once_and_get_the_numbers_they_get_alone(antid
     code, out, err = antidote.run("run", "demo", *words)
     assert code == 0, err
     assert "4 members, 2 at once" in err and "4/4 run" in err
-    assert all(name in out for name in ("none", "augmented", "RoCLIP", "OTCCLIP"))
+    assert all(name in out for name in ("No defence", "Augmentation only", "RoCLIP", "OTCCLIP"))
     assert len(antidote.results()) == 4 and list(antidote.runs.glob("demo-????????/report.html"))
     (tmp_path / "alone").mkdir()
     alone = Antidote(tmp_path / "alone")
