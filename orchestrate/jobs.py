@@ -42,13 +42,12 @@ class Jobs:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         try:
             self.client = cluster.jobs_client(self.address)
-            self.client.list_jobs()
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(self._refused(error)) from error
 
     def _refused(self, error: BaseException) -> str:
         text = " ".join(str(error).split())
-        if any(sign in text for sign in ("401", "403", "token", "Unauthorized")):
+        if isinstance(error, PermissionError) or "token" in text:
             return (
                 f"{self.address} wants its token: put the cluster's in ~/.ray/auth_token (or RAY_AUTH_TOKEN_PATH), and RAY_AUTH_MODE=token."
             )
