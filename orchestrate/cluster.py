@@ -96,6 +96,7 @@ def get(ref: Any, timeout: float | None = None) -> Any:
 def jobs_client(address: str) -> Any:
     """Ray's client of the job server that a cluster's dashboard is; over HTTP, from outside the cluster. Asked once: PermissionError where
     the token is refused."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
