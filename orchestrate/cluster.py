@@ -95,10 +95,18 @@ def get(ref: Any, timeout: float | None = None) -> Any:
 
 
 def jobs_client(address: str) -> Any:
-    """Ray's client of the job server that a cluster's dashboard is; over HTTP, from outside the cluster."""
+    """Ray's client of the job server that a cluster's dashboard is; over HTTP, from outside the cluster. Asked once: PermissionError where
+    the token is refused."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    return JobSubmissionClient(address)
+    try:
+        client = JobSubmissionClient(address)
+        client.list_jobs()
+    except AuthenticationError as error:
+        raise PermissionError(str(error)) from error
+    return client
 
 
 class Desk:

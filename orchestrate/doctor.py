@@ -204,7 +204,7 @@ def _paths(recipe: Recipe | None) -> list[str]:
 
 
 def _storage_of(place: cluster.Cluster) -> str:
-    return getattr(place, "storage", "") or str(cluster.absolute(place.runs))
+    return place.storage or str(cluster.absolute(place.runs))
 
 
 def _is_file(store: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from orchestrate import archive, cluster
 
 ADDRESS = "http://127.0.0.1:8265"
+START_S = 120.0  # in which the head of a cluster that has just started comes to take jobs
 LOST_S = 300.0  # how long a cluster that was reached may stay away while its log is followed
 END_S = 60.0  # between a log's last line and the job's last state
 PULL_S = 900.0  # for the job that packs results
@@ -42,13 +43,12 @@ class Jobs:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         try:
             self.client = cluster.jobs_client(self.address)
-            self.client.list_jobs()
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(self._refused(error)) from error
 
     def _refused(self, error: BaseException) -> str:
         text = " ".join(str(error).split())
-        if any(sign in text for sign in ("401", "403", "token", "Unauthorized")):
+        if isinstance(error, PermissionError) or "token" in text:
             return (
                 f"{self.address} wants its token: put the cluster's in ~/.ray/auth_token (or RAY_AUTH_TOKEN_PATH), and RAY_AUTH_MODE=token."
             )
@@ -58,7 +58,18 @@ class Jobs:
         """Start `command` in a copy of `folder` on the cluster; the job's id."""
         job = f"{name}-{time.strftime('%m%d-%H%M%S')}-{os.urandom(2).hex()}"
         env = {"working_dir": str(folder), "env_vars": dict(cluster.ENVIRONMENT)}
-        return str(self.client.submit_job(entrypoint=command, submission_id=job, runtime_env=env, metadata=dict(tags)))
+        until = time.monotonic() + START_S
+        while True:
+            try:
+                return str(self.client.submit_job(entrypoint=command, submission_id=job, runtime_env=env, metadata=dict(tags)))
+            except RuntimeError as error:
+                if "No available agent" not in str(error):  # the dashboard answers a little before the agent that starts jobs is there
+                    raise
+                if time.monotonic() > until:
+                    raise ValueError(
+                        f"the head of {self.address} has taken no job for {START_S:g} s: look at `ray status` there."
+                    ) from error
+            time.sleep(1)
 
     def all(self) -> list[Job]:
         """Every job that the cluster remembers, the newest first."""

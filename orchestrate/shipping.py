@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrate import ROOT, axes, sweeps
-from orchestrate.recipe import METHODS, Cluster, Recipe, Resolved
+from orchestrate.recipe import METHODS, Recipe, Resolved
 from orchestrate.secrets import credentials
 
 ROOMS = ("orchestrate", "models", "attacks", "defenses")
 SHIPPED = "shipped"
 WHERE = "ANTIDOTE_STORAGE"  # the nodes' variable that says where a cluster keeps runs
-RUNS = "cluster.runs"
-STORAGE = "cluster.storage" if "storage" in Cluster.__dataclass_fields__ else RUNS  # the key that it stands for
+RUNS, STORAGE = "cluster.runs", "cluster.storage"  # the variable stands for the second
 FILE = re.compile(r"[^\s,;+=\"]+\.py(?=:[A-Za-z_])")  # ./mine.py:Class in a word
 ON_ONE_HOST = re.compile(r"(?![\w+.-]+:/|/|~)")  # a relative path: it means this directory, which no node has
 
@@ -101,11 +100,12 @@ def load(folder: Path, order: Order, source: Source) -> str:
 
 
 def places(given: Collection[str]) -> list[str]:
-    """The words, for the nodes' shell, that say where runs are kept, unless the given keys do."""
-    if RUNS in given or STORAGE in given:
+    """The words, for the nodes' shell, that say where runs are kept, unless the given keys do. Never in the job's own folder, which Ray
+    removes."""
+    if RUNS in given:
         return []
     mend = f"say where this cluster keeps runs: in {WHERE} on its nodes, as cluster.yaml does, or with {STORAGE}=…"
-    return [f'{STORAGE}="${{{WHERE}:?{mend}}}"', *([f'{RUNS}="$HOME/antidote-runs"'] if STORAGE != RUNS else [])]
+    return [*([] if STORAGE in given else [f'{STORAGE}="${{{WHERE}:?{mend}}}"']), f'{RUNS}="$HOME/antidote-runs"']
 
 
 def _recipe(folder: Path, name: str, source: Source) -> str:

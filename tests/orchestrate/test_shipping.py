@@ -94,6 +94,12 @@ def test_a_cluster_that_keeps_runs_nowhere_says_so(tmp_path: Path):
     assert "ANTIDOTE_STORAGE" not in command
 
 
+def test_a_run_is_never_made_in_the_folder_of_the_job_which_ray_removes(tmp_path: Path):
+    for name, words in (("a", ()), ("b", ("cluster.storage=s3://mine/runs",))):
+        sent = words_of(shipping.load(tmp_path / name, Order("run", "roclip-smoke", words), cli.source))
+        assert "cluster.runs=/home/ray/antidote-runs" in sent and sum(word.startswith("cluster.storage=") for word in sent) == 1
+
+
 def test_methods_from_files_travel_and_keep_the_runs_identity(here: Path):
     words = ("defense=./mine.py:Mine", "defense.strength=2")
     command = shipping.load(here / "cargo", Order("run", "clip-smoke", words), cli.source)
