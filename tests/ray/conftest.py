@@ -45,7 +45,8 @@ class Antidote:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        last = {word.partition("=")[0]: word for word in words}  # a test's own override replaces that of TINY
+        # A test's own override replaces that of TINY; an option's value may well be the verb's name again.
+        last = {(word.partition("=")[0] if "=" in word else i): word for i, word in enumerate(words)}
         command = [sys.executable, "-m", "orchestrate", *last.values()]
         return subprocess.Popen(command, cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

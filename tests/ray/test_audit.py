@@ -14,7 +14,8 @@ pytestmark = pytest.mark.ray
 
 SET = ("data.size=320", "data.heldout=140", "train.batch=64", "train.warmup=4", "train.precision=fp32", "evaluate.precision=fp32")
 POISON = ("attack=targeted+badnets", "attack.targeted.targets=2", "attack.targeted.copies=6", "attack.badnets.count=8", "cluster.threads=1")
-AUDIT = ("audit", "clip", *SET, *POISON, "--epochs", "2", "--batch", "40", "--drop", "20", "--out", "audit")
+AUDIT = ("audit", "clip", *SET, *POISON, "--epochs", "2", "--batch", "33", "--drop", "20", "--out", "audit")
+PARTS = 3  # of four batches each
 
 
 def test_an_audit_that_is_killed_goes_on_where_it_was(antidote: Antidote) -> None:
@@ -24,6 +25,7 @@ def test_an_audit_that_is_killed_goes_on_where_it_was(antidote: Antidote) -> Non
     process.kill()
     process.wait()
     first = {file.name: file.stat().st_mtime_ns for file in out.glob("parts/*.parquet")}
+    assert 0 < len(first) < PARTS, "all was scored before the kill"
     [trained] = out.glob("model/*/result.json")
     when = trained.stat().st_mtime_ns
 
@@ -33,7 +35,8 @@ def test_an_audit_that_is_killed_goes_on_where_it_was(antidote: Antidote) -> Non
     assert trained.stat().st_mtime_ns == when, "the model was trained again"
     facts = json.loads((out / "audit.json").read_text())
     assert (facts["pairs"], facts["poison"], facts["removed"], facts["actors"]) == (332, 20, 20, 2)
-    assert facts["resumed"] > 0 and facts["clean"] == "kept.parquet" and "no file holds it" in facts["why"]
+    assert 0 < facts["resumed"] < 332 and len(list(out.glob("parts/*.parquet"))) == PARTS
+    assert facts["clean"] == "kept.parquet" and "no file holds it" in facts["why"]
     assert facts["measured"]["targeted"]["conflict"]["auroc"] == 1.0, "copies of one image with different captions"
     assert "targeted" in printed and (out / "audit.html").stat().st_size > 50_000
 
