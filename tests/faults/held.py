@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from attacks.backdoor import Stripes
-from defenses.augment import Batch
-from defenses.base import Features, Match, Matcher
+from defenses.base import Batch, Features, Match, Matcher
 from defenses.matching import CosineMatcher
 from defenses.roclip import RoCLIP
 
