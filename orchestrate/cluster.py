@@ -275,8 +275,8 @@ def preflight(cluster: Cluster, matching: bool, streaming: bool, has: dict[str, 
 def ceiling() -> dict[str, float] | None:
     """What the session's cluster can grow to; None where it does not scale by itself, or does not tell.
 
-    Known defect: nothing in Ray 2.60 that we have found writes the record that is read here, its own autoscaler included. Where it is missing
-    `grow` asks for nothing, and a plan that the living nodes do not hold is refused.
+    Known defect: nothing that we have found in Ray 2.60, its own autoscaler included, writes the record that is read here. Where it is
+    missing `grow` asks for nothing, and a plan that the living nodes do not hold is refused.
     """
     import ray
 
