@@ -76,7 +76,12 @@ def away(tmp_path: Path) -> Iterator[Away]:
         try:
             for words in (command, joins):
                 started = subprocess.run(
-                    [*words, "--disable-usage-stats"], cwd=tmp_path, env=theirs, stdin=subprocess.DEVNULL, capture_output=True, text=True
+                    [*words, "--dashboard-agent-listen-port=0", "--disable-usage-stats"],
+                    cwd=tmp_path,
+                    env=theirs,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    text=True,
                 )
                 assert started.returncode == 0, started.stdout + started.stderr
             until = time.monotonic() + 120
