@@ -67,7 +67,8 @@ class Jobs:
                     raise
                 if time.monotonic() > until:
                     raise ValueError(
-                        f"the head of {self.address} has taken no job for {START_S:g} s: look at `ray status` there."
+                        f"the head of {self.address} has taken no job for {START_S:g} s: its agent may not have started (another "
+                        "Ray on port 52365?), see dashboard_agent.log there."
                     ) from error
             time.sleep(1)
 
