@@ -1,5 +1,7 @@
-"""`antidote submit` and `doctor` at the door of a cluster as cluster.yaml makes it: a head without CPUs, a worker,
-a token. From a home and a directory of the user's own. That a cluster grows for a job is not tested here: see `cluster.ceiling`."""
+"""`antidote submit` and `jobs` at the door of a cluster of one node, with a token, from a home and a directory of the user's own.
+
+That a cluster grows for a job is not tested here: see `cluster.ceiling`.
+"""
 
 from __future__ import annotations
 
@@ -71,19 +73,17 @@ def away(tmp_path: Path) -> Iterator[Away]:
     theirs.pop("PYTHONPATH")  # a cluster has no checkout: the code comes with the job
     with tempfile.TemporaryDirectory(prefix="r-") as short:  # Unix sockets want a short path
         command = ["ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-        command += ["--num-cpus=0", f"--temp-dir={short}", f"--ray-client-server-port={client}", "--node-ip-address=127.0.0.1"]
-        joins = ["ray", "start", f"--address=127.0.0.1:{port}", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
+        command += ["--num-cpus=2", f"--temp-dir={short}", f"--ray-client-server-port={client}", "--node-ip-address=127.0.0.1"]
         try:
-            for words in (command, joins):
-                started = subprocess.run(
-                    [*words, "--dashboard-agent-listen-port=0", "--disable-usage-stats"],
-                    cwd=tmp_path,
-                    env=theirs,
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    text=True,
-                )
-                assert started.returncode == 0, started.stdout + started.stderr
+            started = subprocess.run(
+                [*command, "--dashboard-agent-listen-port=0", "--disable-usage-stats"],
+                cwd=tmp_path,
+                env=theirs,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+            )
+            assert started.returncode == 0, started.stdout + started.stderr
             until = time.monotonic() + 120
             while not listens(dashboard):
                 assert time.monotonic() < until, started.stdout + started.stderr
