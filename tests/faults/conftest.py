@@ -22,6 +22,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     desk = Desk(tmp_path_factory.mktemp("faults") / "desk")
     os.environ["ANTIDOTE_DESK"] = str(desk.folder)  # before the raylets start: their workers inherit it
     os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # noqa: SIM112, a driver gives its head up after so long
+    os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112, two idle processes a node for every run
     os.environ |= KEYS  # the nodes know the keys of the storage, the recipe does not
     site = Site(desk)
     yield site

@@ -33,20 +33,15 @@ def cases() -> list[object]:
 def reach(runs: Runs, phase: str, process: subprocess.Popen[str]) -> list[int]:
     """Wait until the run is in the phase, where it stays; the processes that are at work there."""
     site, antidote = runs.site, runs.antidote
-
-    def alive(ready: object) -> object:
-        assert process.poll() is None, f"the run ended early:\n{process.communicate()[1]}"
-        return ready
-
     if phase == "read":
-        return until(lambda: alive(site.pids("reader")), "a reading task")
+        return until(lambda: site.pids("reader"), "a reading task", process=process)
     if phase == "log":
-        until(lambda: alive(None) or list(antidote.runs.glob("*/result.json")), "a result")
+        until(lambda: list(antidote.runs.glob("*/result.json")), "a result", process=process)
         return []
     if phase == "train":
-        until(lambda: alive(any(r.get("epoch") == 2 for r in antidote.records())), "the second epoch")
+        until(lambda: any(r.get("epoch") == 2 for r in antidote.records()), "the second epoch", process=process)
         site.desk.close("train")
-    return until(lambda: alive(site.desk.waiting(phase)), f"somebody in phase {phase}")
+    return until(lambda: site.desk.waiting(phase), f"somebody in phase {phase}", process=process)
 
 
 @pytest.mark.parametrize(("phase", "who"), cases())
@@ -60,7 +55,7 @@ def test_a_death_changes_no_number(runs: Runs, undisturbed: Numbers, phase: str,
         try:
             if who == "controller":
                 desk.close("match")
-                until(lambda: desk.waiting("match"), "a matching round")
+                until(lambda: desk.waiting("match"), "a matching round", process=process)
                 site.kill("controller")
             else:
                 there = reach(runs, phase, process)
