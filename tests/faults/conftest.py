@@ -63,8 +63,17 @@ def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Numbers
     return Numbers.of(runs.antidote)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    table.CASES[item.nodeid] = "not run"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed or (report.when == "call" and report.passed):
+        table.CASES[report.nodeid] = report.outcome
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if table.ROWS:
+    if table.ROWS or "failed" in table.CASES.values():
         terminalreporter.write_line("\n" + table.markdown())
         if target := os.environ.get("ANTIDOTE_FAULTS_PAGE"):
             table.write(Path(target))
