@@ -26,7 +26,7 @@ def cases() -> list[object]:
     """(phase, who). `ray`: also a part of `make test`."""
     found = [(phase, who) for phase in ("read", "train", "match", "evaluate") for who in ("process", "node", "driver", "head")]
     found += [("match", "worker"), ("train", "actor"), ("log", "driver"), ("log", "head"), ("log", "controller")]
-    daily = {("train", "process"), ("match", "node"), ("log", "driver")}
+    daily = {("train", "process"), ("match", "node")}
     return [pytest.param(*case, marks=pytest.mark.ray if case in daily else pytest.mark.faults, id="-".join(case)) for case in found]
 
 
@@ -93,7 +93,7 @@ def strike(runs: Runs, phase: str, who: str, there: list[int], process: subproce
         runs.site.kill(who)
 
 
-@pytest.mark.ray
+@pytest.mark.faults
 def test_records_that_a_killed_controller_did_not_write_are_written_on_going_on(runs: Runs, undisturbed: Numbers) -> None:
     """Killed after the checkpoint of an epoch and before its lines, as happens on a busy machine; here the lines are taken away."""
     antidote = runs.antidote

@@ -32,7 +32,7 @@ def s3() -> Iterator[S3]:
     server.stop()
 
 
-@pytest.mark.ray
+@pytest.mark.faults
 def test_a_run_on_s3_that_is_away_for_a_while_goes_on_elsewhere(runs: Runs, undisturbed: Numbers, s3: S3) -> None:
     """The storage fails while an epoch ends and comes back; then the driver is killed, and another host goes on from the storage."""
     runs.storage = s3.uri()
