@@ -26,7 +26,7 @@ def cases() -> list[object]:
     """(phase, who). `ray`: also a part of `make test`."""
     found = [(phase, who) for phase in ("read", "train", "match", "evaluate") for who in ("process", "node", "driver", "head")]
     found += [("match", "worker"), ("train", "actor"), ("log", "driver"), ("log", "head"), ("log", "controller")]
-    daily = {("train", "process"), ("match", "node")}
+    daily = {("train", "process"), ("log", "driver")}
     return [pytest.param(*case, marks=pytest.mark.ray if case in daily else pytest.mark.faults, id="-".join(case)) for case in found]
 
 
