@@ -22,6 +22,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     desk = Desk(tmp_path_factory.mktemp("faults") / "desk")
     os.environ["ANTIDOTE_DESK"] = str(desk.folder)  # before the raylets start: their workers inherit it
     os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # noqa: SIM112, a driver gives its head up after so long
+    os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112, two idle processes a node for every run
     os.environ |= KEYS  # the nodes know the keys of the storage, the recipe does not
     site = Site(desk)
     yield site
@@ -62,8 +63,17 @@ def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Numbers
     return Numbers.of(runs.antidote)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    table.CASES[item.nodeid] = "not run"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed or (report.when == "call" and report.passed):
+        table.CASES[report.nodeid] = report.outcome
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if table.ROWS:
+    if table.ROWS or "failed" in table.CASES.values():
         terminalreporter.write_line("\n" + table.markdown())
         if target := os.environ.get("ANTIDOTE_FAULTS_PAGE"):
             table.write(Path(target))

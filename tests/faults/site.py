@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Read by Ray when it is imported: a raylet, its agents and its workers have so long to come up. Ray's own 30 to 60 s are too few where
+# other work has the cores.
+os.environ |= {
+    "RAY_raylet_start_wait_time_s": "240",
+    "RAY_agent_register_timeout_ms": "240000",
+    "RAY_worker_register_timeout_seconds": "240",
+}
 import ray
 from ray.cluster_utils import Cluster
 
@@ -102,12 +110,15 @@ class Site:
         self.start()
 
 
-def until(ready: Callable[[], Any], what: str, seconds: float = 240) -> Any:
-    """The first true value of `ready`."""
+def until(ready: Callable[[], Any], what: str, seconds: float = 240, *, process: subprocess.Popen[str] | None = None) -> Any:
+    """The first true value of `ready`; fails if the time is up, or the run that is to bring it (`process`) ends, before."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
+        ended = process is not None and process.poll() is not None  # asked first: what it did last counts
         if value := ready():
             return value
+        if process is not None and ended:
+            raise AssertionError(f"waited for {what}, and the run ended with {process.returncode}:\n{process.communicate()[1]}")
         time.sleep(0.01)
     raise AssertionError(f"waited {seconds:g} s for {what}")
 

@@ -26,27 +26,22 @@ def cases() -> list[object]:
     """(phase, who). `ray`: also a part of `make test`."""
     found = [(phase, who) for phase in ("read", "train", "match", "evaluate") for who in ("process", "node", "driver", "head")]
     found += [("match", "worker"), ("train", "actor"), ("log", "driver"), ("log", "head"), ("log", "controller")]
-    daily = {("train", "process"), ("match", "node"), ("log", "driver")}
+    daily = {("train", "process"), ("log", "driver")}
     return [pytest.param(*case, marks=pytest.mark.ray if case in daily else pytest.mark.faults, id="-".join(case)) for case in found]
 
 
 def reach(runs: Runs, phase: str, process: subprocess.Popen[str]) -> list[int]:
     """Wait until the run is in the phase, where it stays; the processes that are at work there."""
     site, antidote = runs.site, runs.antidote
-
-    def alive(ready: object) -> object:
-        assert process.poll() is None, f"the run ended early:\n{process.communicate()[1]}"
-        return ready
-
     if phase == "read":
-        return until(lambda: alive(site.pids("reader")), "a reading task")
+        return until(lambda: site.pids("reader"), "a reading task", process=process)
     if phase == "log":
-        until(lambda: alive(None) or list(antidote.runs.glob("*/result.json")), "a result")
+        until(lambda: list(antidote.runs.glob("*/result.json")), "a result", process=process)
         return []
     if phase == "train":
-        until(lambda: alive(any(r.get("epoch") == 2 for r in antidote.records())), "the second epoch")
+        until(lambda: any(r.get("epoch") == 2 for r in antidote.records()), "the second epoch", process=process)
         site.desk.close("train")
-    return until(lambda: alive(site.desk.waiting(phase)), f"somebody in phase {phase}")
+    return until(lambda: site.desk.waiting(phase), f"somebody in phase {phase}", process=process)
 
 
 @pytest.mark.parametrize(("phase", "who"), cases())
@@ -60,7 +55,7 @@ def test_a_death_changes_no_number(runs: Runs, undisturbed: Numbers, phase: str,
         try:
             if who == "controller":
                 desk.close("match")
-                until(lambda: desk.waiting("match"), "a matching round")
+                until(lambda: desk.waiting("match"), "a matching round", process=process)
                 site.kill("controller")
             else:
                 there = reach(runs, phase, process)
@@ -98,7 +93,7 @@ def strike(runs: Runs, phase: str, who: str, there: list[int], process: subproce
         runs.site.kill(who)
 
 
-@pytest.mark.ray
+@pytest.mark.faults
 def test_records_that_a_killed_controller_did_not_write_are_written_on_going_on(runs: Runs, undisturbed: Numbers) -> None:
     """Killed after the checkpoint of an epoch and before its lines, as happens on a busy machine; here the lines are taken away."""
     antidote = runs.antidote

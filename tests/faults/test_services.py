@@ -32,7 +32,7 @@ def s3() -> Iterator[S3]:
     server.stop()
 
 
-@pytest.mark.ray
+@pytest.mark.faults
 def test_a_run_on_s3_that_is_away_for_a_while_goes_on_elsewhere(runs: Runs, undisturbed: Numbers, s3: S3) -> None:
     """The storage fails while an epoch ends and comes back; then the driver is killed, and another host goes on from the storage."""
     runs.storage = s3.uri()
@@ -43,7 +43,7 @@ def test_a_run_on_s3_that_is_away_for_a_while_goes_on_elsewhere(runs: Runs, undi
         runs.site.desk.clear()
         threading.Timer(6, s3.start).start()
         runs.site.desk.close("evaluate")
-        until(lambda: runs.site.desk.waiting("evaluate"), "the evaluation")
+        until(lambda: runs.site.desk.waiting("evaluate"), "the evaluation", process=process)
         kill([process.pid])
         process.communicate(timeout=60)
         runs.site.desk.clear()
@@ -141,7 +141,7 @@ def test_mlflow_that_dies_in_the_middle_has_everything_in_the_end(runs: Runs, un
         mlflow.stop()
         runs.site.desk.clear()
         runs.site.desk.close("evaluate")
-        until(lambda: runs.site.desk.waiting("evaluate"), "the evaluation")
+        until(lambda: runs.site.desk.waiting("evaluate"), "the evaluation", process=process)
         mlflow.start()
         runs.site.desk.clear()
         _, err = process.communicate(timeout=LIMIT_S)
