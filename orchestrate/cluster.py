@@ -227,11 +227,17 @@ def cause(error: BaseException) -> str:
     return f"training stopped: {type(inner).__name__}: {str(inner).strip()[-2000:]}"
 
 
+def layers(error: BaseException) -> list[BaseException]:
+    """An error and those that Ray has wrapped in it, outermost first."""
+    found = [error]
+    while (below := getattr(found[-1], "cause", None) or found[-1].__cause__) is not None and below not in found:
+        found.append(below)
+    return found
+
+
 def innermost(error: BaseException) -> BaseException:
     """The error that Ray's layers stand around."""
-    while (below := getattr(error, "cause", None) or error.__cause__) is not None and below is not error:
-        error = below
-    return error
+    return layers(error)[-1]
 
 
 def _first_line(error: BaseException) -> str:

@@ -38,6 +38,7 @@ from orchestrate.storage import Store
 CAPTIONS, IMAGES = 0, 1  # kinds of work items
 KEPT = 2  # finished rounds held for workers that start again from a checkpoint
 ATTEMPTS = 5  # more of an item whose actor or node died; what kills its actor each time does so for a reason
+LOST = (ray.exceptions.ActorUnavailableError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)  # the fault is not the item's
 NO_MEMORY = "lower cluster.match_batch or the pool, or give matching actors a node with more memory."
 
 
@@ -134,6 +135,7 @@ class Rounds:
         self.encodings: dict[int, list[Any]] = {}
         self.parts: dict[int, dict[tuple[int, int], dict[str, np.ndarray]]] = {}
         self.done: dict[int, dict[str, Any]] = {}
+        self.taken: set[tuple[int, int, int]] = set()  # items that are done, by `_place`
         self.started: dict[int, float] = {}
         self.safe_share: dict[int, float | None] = {}
         self.error = ""
@@ -206,20 +208,30 @@ class Rounds:
                 self.change.notify_all()
 
     def _run(self, epochs: list[int], me: Any) -> None:
-        """The one execution: every round's items through one pool of actors.
+        """Every round's items, in one execution; what a lost node left undone in another one."""
+        c = self.recipe.cluster
+        self.items = work_items(epochs, {e: len(p.ids) for e, p in self.pools.items()}, self.table.num_rows, c.match_batch, c.match_actors)
+        for attempt in range(ATTEMPTS + 1):
+            try:
+                return self._execute([item for item in self.items if _place(item) not in self.taken], me)
+            except Exception as error:
+                if attempt == ATTEMPTS or not any(isinstance(layer, LOST) for layer in cluster.layers(error)):
+                    raise
+
+    def _execute(self, items: list[dict[str, int]], me: Any) -> None:
+        """Items through one pool of actors.
 
         In order, and from blocks that are there: an actor that met a round's images before its captions would wait for the encoded
         pool, and the captions for the actor. Tasks that made the items would hand them on in the order they end in.
         """
         c, data = self.recipe.cluster, cluster.quiet_data(in_order=True)
-        self.items = work_items(epochs, {e: len(p.ids) for e, p in self.pools.items()}, self.table.num_rows, c.match_batch, c.match_actors)
         spec = {
             "recipe": recipes.packed(self.recipe),
             "timeout_s": c.timeout_s,
             "gpus": c.match_gpus,
             "threads": max(1, (os.cpu_count() or 1) // c.match_actors),
         }
-        found = data.from_arrow([pa.Table.from_pylist([item]) for item in self.items]).map_batches(
+        found = data.from_arrow([pa.Table.from_pylist([item]) for item in items]).map_batches(
             MatchActor,
             fn_constructor_args=(me, spec),
             batch_size=None,
@@ -239,6 +251,7 @@ class Rounds:
     def _take(self, item: dict[str, int], arrays: dict[str, np.ndarray]) -> None:
         """One finished item; the last of a kind completes the encoded pool, or the pairing."""
         epoch, kind = item["epoch"], item["kind"]
+        self.taken.add(_place(item))
         parts = self.parts.setdefault(epoch, {})
         parts[kind, item["start"]] = arrays
         wanted = sorted(i["start"] for i in self.items if i["epoch"] == epoch and i["kind"] == kind)
@@ -282,6 +295,10 @@ class Rounds:
         if matcher.matched == "embedding":
             pairing["features"] = ray.get(self.encodings[epoch][0])["pooled"]
         return pairing, {"kind": "match", **facts(self.table, pool, match, matcher.name)}
+
+
+def _place(item: dict[str, int]) -> tuple[int, int, int]:
+    return item["epoch"], item["kind"], item["start"]
 
 
 def _told(error: BaseException) -> str:

@@ -187,7 +187,7 @@ def test_rows_for_the_probe_are_labelled_clean_and_chosen_by_hash(dataset):
             {"defense": "cleanclip", "defense.batch": 3, "cluster.workers": 4},
             "the repair's batch of 3 must hold a pair for each of cluster.workers=4",
         ),
-        ({"defense": "cleanclip", "defense.batch": 30, "cluster.workers": 4}, None),
+        ({"defense": "cleanclip", "defense.batch": 30, "cluster.workers": 4, "defense.clean": 0.5}, None),
         ({"defense": "cleanclip", "defense.batch": 32, "cluster.workers": 4, "defense.clean": 0.5}, None),
     ],
 )

@@ -21,6 +21,7 @@ BOTH = {"attack": "targeted+stripes", "defense": "roclip"}
 NEEDS = {  # options that mean nothing but beside others
     "data.drop": {"data.exclude": "scores.parquet"},
     "defense.move": {"defense.matched": "caption"},
+    "cluster.min_workers": {"cluster.workers": 9},
 }
 NEUTRAL = ("name", "cluster.", "track.", "data.cache")  # what the identity leaves out
 EVERY_NAME = [f"{m}-{a}-{s}" for m in recipes.METHODS for a in recipes.ATTACKS for s in recipes.SCALES]
