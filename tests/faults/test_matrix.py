@@ -1,6 +1,6 @@
 """Who dies in which phase: every run ends with the numbers of an undisturbed one, on its own or when it is run again.
 
-`make faults` runs all of it and prints the table of docs/faults.md; `make test` runs the cases marked `ray`.
+`make faults` runs it and prints the table of docs/faults.md; `make test` kills a worker, an auditor and drivers in tests/ray.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ VICTIM = {"read": "reader", "train": "worker", "match": "actor", "evaluate": "wo
 
 
 def cases() -> list[object]:
-    """(phase, who). `ray`: also a part of `make test`."""
+    """(phase, who)."""
     found = [(phase, who) for phase in ("read", "train", "match", "evaluate") for who in ("process", "node", "driver", "head")]
     found += [("match", "worker"), ("train", "actor"), ("log", "driver"), ("log", "head"), ("log", "controller")]
-    daily = {("train", "process"), ("log", "driver")}
-    return [pytest.param(*case, marks=pytest.mark.ray if case in daily else pytest.mark.faults, id="-".join(case)) for case in found]
+    return [pytest.param(*case, marks=pytest.mark.faults, id="-".join(case)) for case in found]
 
 
 def reach(runs: Runs, phase: str, process: subprocess.Popen[str]) -> list[int]:
