@@ -180,8 +180,8 @@ SUITES: dict[str, tuple[str, tuple[str, ...], Layer]] = {
             "train.batch": 64,
             "train.warmup": 100,
             "attack.blended.count": 70,
-            "cluster.cpus": 0.7,
-            "cluster.match_cpus": 0.3,
+            "cluster.cpus": 0.5,
+            "cluster.match_cpus": 0.25,
         },
     ),
 }

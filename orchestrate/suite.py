@@ -17,6 +17,7 @@ from orchestrate.progress import Phase
 from orchestrate.recipe import Recipe
 
 Result = dict[str, Any]
+SPARE = 0.25  # CPUs of a node that are left to Ray Data
 
 
 def run(members: Sequence[Recipe], *, force: bool = False) -> list[Result]:
@@ -38,12 +39,14 @@ def run(members: Sequence[Recipe], *, force: bool = False) -> list[Result]:
 
 
 def _at_once(members: Sequence[Recipe], has: dict[str, float]) -> int:
+    """As many as fit with SPARE left on each node: two members that filled a node exactly were seen to wait for their actors for ever."""
     counts = []
+    nodes = [{**node, "CPU": node.get("CPU", 0.0) - SPARE} for node in cluster.nodes()]
     for m in members:
         defense = prepared.build_defense(m)
         matching = bool(defense.rounds(m.train.epochs))
         cluster.preflight(m.cluster, matching, m.data.stream == "always", has)
-        counts.append(cluster.slots(m.cluster, matching, m.data.stream == "always", cluster.nodes()))
+        counts.append(cluster.slots(m.cluster, matching, m.data.stream == "always", nodes))
     return min(counts)
 
 
