@@ -84,7 +84,6 @@ def _run(recipe: Recipe, folder: Path, tracker: Tracker) -> dict[str, Any]:
     with cluster.connected(recipe.cluster) as resources:
         streaming = prepared.streams(recipe, dataset)
         cluster.preflight(recipe.cluster, matching, streaming, cluster.grow(recipe.cluster, matching, streaming, resources))
-        cluster.preflight(recipe.cluster, matching, streaming, resources)
         cluster.check_storage(Store.of(recipe), recipe.cluster)
         dataset, images = read_images(recipe, dataset, streaming)
         ready = _planned(recipe, dataset, images)
