@@ -149,6 +149,24 @@ def image_stats(cfg: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float,
     return tuple(preprocess.get("mean") or OPENAI_MEAN), tuple(preprocess.get("std") or OPENAI_STD)
 
 
+def size(cfg: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width in px of the model's input."""
+    given = cfg["vision_cfg"]["image_size"]
+    return (given, given) if isinstance(given, int) else (given[0], given[1])
+
+
+def side(cfg: Mapping[str, Any]) -> int:
+    """Side in px of the model's input; the height, where it is not square."""
+    return size(cfg)[0]
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, 3, H, W) in [0, 1] → (N, 3, *size): bicubic with antialias, clamped; unchanged where they have the size."""
+    if tuple(images.shape[2:]) == size:
+        return images
+    return nn.functional.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
+
+
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std for images (N, 3, H, W), float in [0, 1]. Raises ValueError for integer pixels."""
     if not images.is_floating_point():

@@ -77,7 +77,7 @@ def audit(recipe: Recipe, out: Path, options: Options) -> dict[str, Any]:
 
     The same call goes on where a killed one stopped. ValueError for what the user can mend.
     """
-    from orchestrate.train import read_images
+    from orchestrate.reading import read_images
 
     out = cluster.absolute(str(out))
     started = time.monotonic()

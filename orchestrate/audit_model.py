@@ -47,9 +47,9 @@ def young(recipe: Recipe, dataset: Dataset, out: Path, epochs: int) -> Recipe:
 
 def as_seen(recipe: Recipe, cfg: dict[str, Any]) -> Recipe:
     """The recipe with pixels kept as large as the model takes them; a given checkpoint may not be the recipe's."""
-    size = cfg["vision_cfg"]["image_size"]
-    side = recipe.data.side or (size if isinstance(size, int) else size[0])
-    return replace(recipe, data=replace(recipe.data, side=side))
+    from models import clip
+
+    return replace(recipe, data=replace(recipe.data, side=recipe.data.side or clip.side(cfg)))
 
 
 def no_tokens(model: Any, cfg: dict[str, Any]) -> str:

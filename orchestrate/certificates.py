@@ -49,13 +49,12 @@ class Certificate:
 
 def certify_checkpoint(checkpoint: str, model: str | None, recipe: Recipe, settings: Settings) -> Certificate:
     """Features of `recipe.data`: labelled training rows vote on labelled held-out rows."""
-    from models import export
+    from models import clip, export
 
     built, cfg = export.load(checkpoint, model)
     with Phase("data") as phase:
         dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
-    side = cfg["vision_cfg"]["image_size"]
-    load = prepared.loader(recipe, None, None, None, recipe.data.side or (side if isinstance(side, int) else side[0]))
+    load = prepared.loader(recipe, None, None, None, recipe.data.side or clip.side(cfg))
     encoder = Encoder(built, cfg, "cuda" if torch.cuda.is_available() else "cpu", recipe.evaluate.batch, recipe.evaluate.precision)
     parts: list[tuple[Tensor, np.ndarray, list[str]]] = []
     for name, rows in (("labelled", dataset.train), ("test", dataset.heldout)):

@@ -145,7 +145,7 @@ def _configs() -> list[Path]:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from orchestrate import cluster, prepared
+    from orchestrate import capacity, prepared
 
     for one in resolved(args.recipe, args.overrides):
         recipe = one.recipe
@@ -153,9 +153,7 @@ def _show(args: argparse.Namespace) -> None:
         for path, value in flatten(recipe.as_dict()).items():
             origin = one.origins.get(path, "")
             print(f"  {path:<28} {_value(value):<34} {'' if origin == 'default' else origin}".rstrip())
-        defense = prepared.build_defense(recipe)
-        matching = bool(defense.rounds(recipe.train.epochs))
-        print(f"  resources: {cluster.plan(recipe.cluster, matching, recipe.data.stream == 'always')}\n")
+        print(f"  resources: {capacity.plan(*prepared.needs(recipe))}\n")
 
 
 def _value(value: Any) -> str:

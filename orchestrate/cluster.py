@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrate import ROOT
+from orchestrate.capacity import pieces, placeable, plan, preflight
 from orchestrate.progress import Phase
 from orchestrate.recipe import Cluster
 
 if TYPE_CHECKING:
     from orchestrate.storage import Store
 
+PATIENCE_S = 30.0  # for all actors of a pool, before fewer do
+STARTING = 4  # processes that a small machine may start at once; above three times its cores Ray warns on the terminal, for every run
 FREED_S = 30.0  # in which a cluster clears up after a driver that was killed
 EXCLUDE = ["/.git", "/.venv", "/runs", "/tests", "/docs", "/benchmarks", "/deploy", "**/__pycache__", "*.parquet", "*.png", "*.tar"]
 # Read by the driver and the train controller when ray.train is imported: a report is seen within 0.3 s instead of 2 s.
@@ -60,6 +63,7 @@ def connected(cluster: Cluster, dashboard: bool = False) -> Iterator[dict[str, f
 
     mine = not ray.is_initialized()
     if mine:
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(STARTING, os.cpu_count() or 1)))
         try:
             ray.init(
                 address=cluster.address or "local",
@@ -127,13 +131,6 @@ def desk(refs: dict[str, Any]) -> Any:
     return ray.remote(Desk).options(num_cpus=0).remote(refs)
 
 
-def nodes() -> list[dict[str, float]]:
-    """The resources of each living node of the session."""
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
 def parallel(
     call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], at_once: int, look: Callable[[], None]
 ) -> Iterator[tuple[int, Any]]:
@@ -143,8 +140,7 @@ def parallel(
     """
     import ray
 
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote = ray.remote(call).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+    remote = ray.remote(call).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node(node_id()))
     waiting, running = list(enumerate(arguments)), dict[Any, int]()
     try:
         while waiting or running:
@@ -160,11 +156,44 @@ def parallel(
             ray.cancel(ref, force=True)
 
 
-def quiet_data(*, in_order: bool = False) -> Any:
-    """ray.data, told to leave the terminal to us. `in_order`: results come in the order of their inputs."""
+@contextlib.contextmanager
+def reserved(bundle: Mapping[str, float], most: int, timeout_s: float) -> Iterator[Any]:
+    """A placement group of up to `most` bundles for the length of the block: all of them where they find their places within `PATIENCE_S`,
+    else fewer; None for a bundle of nothing. TimeoutError where not even one finds a place within `timeout_s`."""
+    if not any(bundle.values()):
+        yield None
+        return
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    for count in range(most, 0, -1):
+        group = placement_group([dict(bundle)] * count, strategy="SPREAD" if most > 1 else "PACK")
+        if group.wait(timeout_s if count == 1 else PATIENCE_S):
+            break
+        remove_placement_group(group)
+    else:
+        wanted = " + ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+        raise TimeoutError(f"waited {timeout_s:g} s (cluster.timeout_s) for a node with {wanted} free.")
+    try:
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def quiet_data(*, in_order: bool = False, group: Any = None) -> Any:
+    """ray.data, told to leave the terminal to us. `in_order`: results come in the order of their inputs. `group`: where its actors lie.
+
+    Without a placement group Ray 2.60 gives each execution of a cluster the *whole* CPUs of a node that nobody has reserved, divided by
+    the number of executions, rounded down (`_AutoscalingCoordinatorActor`): with fractions of CPUs, or two executions on a small node,
+    that is none, and an execution without CPUs waits for ever while its own share is free.
+    """
     import ray.data
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     context = ray.data.DataContext.get_current()
+    if group is not None:
+        with warnings.catch_warnings():  # to be removed in 2027, in a later Ray than ours
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.scheduling_strategy = context.scheduling_strategy_large_args = PlacementGroupSchedulingStrategy(group)
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = in_order
     for name in ("ray.data", "ray.data._internal.execution", "ray.data._internal.progress"):
@@ -176,8 +205,7 @@ def check_storage(store: Store, c: Cluster) -> None:
     """ValueError, before anything is read, where a node that may train does not see the storage: rank 0 may come to lie on any of them."""
     import ray
 
-    here = ray.get_runtime_context().get_node_id()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != node_id()]
     nodes = [n for n in nodes if n["Resources"].get("CPU", 0) >= c.cpus and n["Resources"].get("GPU", 0) >= c.gpus]
     if not nodes:
         return
@@ -187,8 +215,8 @@ def check_storage(store: Store, c: Cluster) -> None:
     seen = ray.remote(lambda: store.filesystem.get_file_info(mark).size == 1)
     asked = []
     for node in nodes:
-        there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked.append((node["NodeManagerHostname"], seen.options(num_cpus=0, scheduling_strategy=there).remote()))
+        there = seen.options(num_cpus=0, scheduling_strategy=on_node(node["NodeID"]))
+        asked.append((node["NodeManagerHostname"], there.remote()))
     try:
         blind = {host for host, answer in asked if not ray.get(answer, timeout=c.timeout_s)}
     except ray.exceptions.RayError as error:
@@ -245,40 +273,6 @@ def _first_line(error: BaseException) -> str:
     return line.rstrip(".") + "."
 
 
-def demand(cluster: Cluster, matching: bool, streaming: bool) -> dict[str, float]:
-    """CPUs and GPUs that a run needs at its peak. Reading comes before training, unless the set streams."""
-    cpus = cluster.least * cluster.cpus + (cluster.match_actors * cluster.match_cpus if matching else 0)
-    if streaming:
-        cpus += 1  # at least one reader beside the training, or both wait for ever
-    gpus = cluster.least * cluster.gpus + (cluster.match_actors * cluster.match_gpus if matching else 0)
-    return {"CPU": cpus, "GPU": gpus}
-
-
-def plan(cluster: Cluster, matching: bool, streaming: bool) -> str:
-    """The resource plan in one line."""
-    wanted = demand(cluster, matching, streaming)
-    count = f"{cluster.least}–{cluster.workers}" if cluster.least < cluster.workers else f"{cluster.workers}"
-    parts = [f"{count} training worker{'s' * (cluster.workers > 1)} × {cluster.cpus:g} CPU"]
-    parts[0] += f" + {cluster.gpus:g} GPU" if cluster.gpus else ""
-    if matching:
-        parts.append(f"{cluster.match_actors} matching actor{'s' * (cluster.match_actors > 1)} × {cluster.match_cpus:g} CPU")
-        parts[-1] += f" + {cluster.match_gpus:g} GPU" if cluster.match_gpus else ""
-    if streaming:
-        parts.append("readers × 1 CPU")
-    return " + ".join(parts) + f" = {wanted['CPU']:g} CPU" + (f", {wanted['GPU']:g} GPU" if wanted["GPU"] else "")
-
-
-def preflight(cluster: Cluster, matching: bool, streaming: bool, has: dict[str, float]) -> None:
-    """ValueError for a plan that could never be placed: Ray would wait for ever."""
-    wanted = demand(cluster, matching, streaming)
-    for kind in ("CPU", "GPU"):
-        there = has.get(kind, 0.0)
-        if wanted[kind] > there + 1e-6:
-            where = f"the cluster at {cluster.address}" if cluster.address else "this machine"
-            mend = _mend(cluster, matching, streaming, kind, there)
-            raise ValueError(f"{plan(cluster, matching, streaming)}, but {where} has {there:g} {kind}. {mend}")
-
-
 def ceiling() -> dict[str, float] | None:
     """What the session's cluster can grow to; None where it does not scale by itself, or does not tell.
 
@@ -304,8 +298,8 @@ def grow(c: Cluster, matching: bool, streaming: bool, has: dict[str, float]) -> 
     from ray.autoscaler.sdk import request_resources
 
     preflight(c, matching, streaming, {kind: max(most[kind], has.get(kind, 0.0)) for kind in most})
-    pieces = _pieces(c, matching, streaming)
-    request_resources(bundles=[{kind: amount for kind, amount in zip(("CPU", "GPU"), piece, strict=True) if amount} for piece in pieces])
+    asked = pieces(c, matching, streaming)
+    request_resources(bundles=[{kind: amount for kind, amount in zip(("CPU", "GPU"), piece, strict=True) if amount} for piece in asked])
     until, nodes = time.monotonic() + c.timeout_s, len(node_resources())
     try:
         with Phase("nodes", unit="node") as phase:
@@ -322,55 +316,18 @@ def grow(c: Cluster, matching: bool, streaming: bool, has: dict[str, float]) -> 
     return dict(ray.cluster_resources())
 
 
-def slots(c: Cluster, matching: bool, streaming: bool, nodes: Sequence[Mapping[str, float]]) -> int:
-    """How many runs the nodes (their resources) hold completely at once, largest pieces first, each piece on one node; at least 1.
+def node_id() -> str:
+    """The node that this process is on."""
+    import ray
 
-    Runs that are all in place wait for nobody, so there is no deadlock; one too many could hold a worker and wait for its matching
-    actor while another does the same.
-    """
-    pieces = _pieces(c, matching, streaming)
-    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
-    count = 0
-    while all(_place(piece, free) for piece in pieces):
-        count += 1
-    return max(1, count)
+    return str(ray.get_runtime_context().get_node_id())
 
 
-def _place(piece: tuple[float, float], free: list[list[float]]) -> bool:
-    for node in free:
-        if all(has + 1e-6 >= wants for has, wants in zip(node, piece, strict=True)):
-            node[0] -= piece[0]
-            node[1] -= piece[1]
-            return True
-    return False
+def on_node(node: str) -> Any:
+    """The scheduling strategy of what must lie on that node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-
-def placeable(c: Cluster, matching: bool, streaming: bool, nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether each worker and actor finds a node that holds it, all at once: sums over a cluster may hide that no single node does."""
-    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
-    return all(_place(piece, free) for piece in _pieces(replace(c, workers=c.least, min_workers=0), matching, streaming))
-
-
-def _pieces(c: Cluster, matching: bool, streaming: bool) -> list[tuple[float, float]]:
-    """(CPUs, GPUs) of everything that must lie on one node each, the largest first."""
-    pieces = [(c.cpus, c.gpus)] * c.workers + [(c.match_cpus, c.match_gpus)] * (c.match_actors if matching else 0)
-    return sorted([*pieces, *([(1.0, 0.0)] if streaming else [])], key=lambda piece: piece[::-1], reverse=True)
-
-
-def _mend(cluster: Cluster, matching: bool, streaming: bool, kind: str, there: float) -> str:
-    one = cluster.cpus if kind == "CPU" else cluster.gpus
-    rest = demand(cluster, matching, streaming)[kind] - cluster.least * one
-    fits = math.floor((there - rest) / one + 1e-6) if one else 0
-    if fits >= 1:
-        return f"At most cluster.{'min_workers' if cluster.min_workers else 'workers'}={fits} fit."
-    key = kind.lower() + "s"
-    each = {"workers": cluster.workers > 1 and one, key: one}
-    if matching and (actor := getattr(cluster, f"match_{key}")):
-        each |= {"match_actors": cluster.match_actors > 1, f"match_{key}": actor}
-    names = [f"cluster.{name}" for name, helps in each.items() if helps]
-    if kind == "GPU" and not there:
-        return f"Set {' and '.join(f'{name}=0' for name in names if name.endswith('gpus'))} to run on CPUs."
-    return f"Lower {' or '.join(names)}."
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def node_resources() -> list[dict[str, float]]:
@@ -385,14 +342,13 @@ def on_every_node(
 ) -> list[Answer]:
     """`call(*args(node))` on each node of the session, at once, without asking for a CPU. A node that is silent, or fails, says so."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = ray.nodes()
     refs = {}
     for node in nodes:
         if node["Alive"]:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            refs[node["NodeID"]] = ray.remote(call).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(*args(node))
+            there = ray.remote(call).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node(node["NodeID"]))
+            refs[node["NodeID"]] = there.remote(*args(node))
     ready, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
     answers = []
     for node in nodes:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrate import cluster, mlflow_uri, probe
+from orchestrate import capacity, cluster, mlflow_uri, probe
 from orchestrate.cluster import Answer
 from orchestrate.recipe import Recipe
 from orchestrate.secrets import masked
@@ -100,18 +100,16 @@ def plan(
     """Whether the recipe's workers and actors find their places, now or when a cluster that scales has grown to `most`."""
     from orchestrate import prepared
 
-    defense = prepared.build_defense(recipe)
-    matching = any(defense.matcher(epoch) for epoch in range(1, recipe.train.epochs + 1))
-    needs = (place, matching, recipe.data.stream == "always")
-    text = f"{recipe.name}: {cluster.plan(*needs)}"
-    if most and not cluster.placeable(*needs, nodes):
+    needs = (place, *prepared.needs(recipe)[1:])
+    text = f"{recipe.name}: {capacity.plan(*needs)}"
+    if most and not capacity.placeable(*needs, nodes):
         has, nodes = most, [most]
         text += ", once the cluster has grown"
     try:
-        cluster.preflight(*needs, dict(has))
+        capacity.preflight(*needs, dict(has))
     except ValueError as error:
         return Finding("plan", str(error).partition(", but ")[0], f"the cluster is too small: {str(error).partition(', but ')[2]}")
-    if not cluster.placeable(*needs, nodes):
+    if not capacity.placeable(*needs, nodes):
         sizes = ", ".join(f"{node.get('CPU', 0):g} CPU + {node.get('GPU', 0):g} GPU" for node in nodes)
         return Finding("plan", text, f"it fits in sum, but not node by node ({sizes}): lower cluster.cpus or cluster.match_cpus.")
     return Finding("plan", f"{text}, of {has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU")

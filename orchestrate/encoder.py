@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from defenses.base import Features
 from models import clip, encode
@@ -74,11 +73,9 @@ class Encoder:
         # Pixels in an Arrow or memory-mapped buffer are read-only, which torch warns about: only then a copy.
         x = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(self._device)
         x = x.permute(0, 3, 1, 2).float().div_(255)  # (n, 3, S, S), channels_last in memory as it was
-        side = self.cfg["vision_cfg"]["image_size"]
-        size = (side, side) if isinstance(side, int) else tuple(side)
-        if tuple(x.shape[2:]) != size:
-            x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
-        return clip.normalise(x, *clip.image_stats(self.cfg)).contiguous(memory_format=torch.channels_last)
+        return clip.normalise(clip.resize(x, clip.size(self.cfg)), *clip.image_stats(self.cfg)).contiguous(
+            memory_format=torch.channels_last
+        )
 
     def _ids(self, captions: Sequence[str]) -> Tensor:
         return clip.tokenize(self.cfg, captions).to(self._device)

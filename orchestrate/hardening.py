@@ -65,17 +65,13 @@ def measure(
 
     test (m, d) with truth (m,), −1 unknown; shown: attack → features (k, d) of its probes and the adversary's class of each (k,).
     """
-    side = encoder.cfg["vision_cfg"]["image_size"]
     pixels = {name: load(rows) for name, rows in (("rows", given.rows), ("valid", given.valid))}
     x, valid = (encoder.images(some).cpu() for some in pixels.values())
     y, valid_y = (torch.from_numpy(np.array(rows.column("label").to_numpy(), np.int64)) for rows in (given.rows, given.valid))
     images = None
     if given.hardener.where == "pixels":
         ready = torch.from_numpy(np.array(pixels["rows"])).permute(0, 3, 1, 2).float().div_(255)
-        side = (side, side) if isinstance(side, int) else tuple(side)
-        if tuple(ready.shape[2:]) != side:
-            ready = torch.nn.functional.interpolate(ready, size=side, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
-        images = hint.Images(ready, _frozen(encoder))
+        images = hint.Images(clip.resize(ready, clip.size(encoder.cfg)), _frozen(encoder))
     hardened = given.hardener.harden(x, y, valid, valid_y, len(classes), images)
     centre, scale = hint.standards(x)
     test, known = (test.cpu().double() - centre) / scale, (truth >= 0).cpu()

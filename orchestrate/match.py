@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 
 from defenses.base import Defense, Features, Matcher
@@ -222,31 +221,35 @@ class Rounds:
         """Items through one pool of actors.
 
         In order, and from blocks that are there: an actor that met a round's images before its captions would wait for the encoded
-        pool, and the captions for the actor. Tasks that made the items would hand them on in the order they end in.
+        pool, and the captions for the actor. Tasks that made the items would hand them on in the order they end in. `from_items` makes
+        its blocks here; `from_arrow` asks tasks of a whole CPU each for their sizes, which training may leave to nobody.
         """
-        c, data = self.recipe.cluster, cluster.quiet_data(in_order=True)
+        c = self.recipe.cluster
         spec = {
             "recipe": recipes.packed(self.recipe),
             "timeout_s": c.timeout_s,
             "gpus": c.match_gpus,
             "threads": max(1, (os.cpu_count() or 1) // c.match_actors),
         }
-        found = data.from_arrow([pa.Table.from_pylist([item]) for item in items]).map_batches(
-            MatchActor,
-            fn_constructor_args=(me, spec),
-            batch_size=None,
-            compute=data.ActorPoolStrategy(size=c.match_actors),
-            num_cpus=c.match_cpus,
-            num_gpus=c.match_gpus or None,
-            max_restarts=-1,
-            max_task_retries=ATTEMPTS,
-            # True, Ray Data's default, lets an item of images run before its round's captions, on the one actor that should encode them:
-            # both wait, until cluster.timeout_s.
-            allow_out_of_order_execution=False,
-        )
-        for batch in found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
-            for i in range(len(batch["epoch"])):
-                self._take({k: int(batch[k][i]) for k in ("epoch", "kind", "start", "stop")}, unpack(batch["payload"][i]))
+        wanted = {"CPU": c.match_cpus, **({"GPU": c.match_gpus} if c.match_gpus else {})}
+        with cluster.reserved(wanted, c.match_actors, c.timeout_s) as group:
+            data = cluster.quiet_data(in_order=True, group=group)
+            found = data.from_items(items, override_num_blocks=len(items)).map_batches(
+                MatchActor,
+                fn_constructor_args=(me, spec),
+                batch_size=None,
+                compute=data.ActorPoolStrategy(size=group.bundle_count if group else c.match_actors),
+                num_cpus=c.match_cpus,
+                num_gpus=c.match_gpus or None,
+                max_restarts=-1,
+                max_task_retries=ATTEMPTS,
+                # True, Ray Data's default, lets an item of images run before its round's captions, on the one actor that should encode
+                # them: both wait, until cluster.timeout_s.
+                allow_out_of_order_execution=False,
+            )
+            for batch in found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+                for i in range(len(batch["epoch"])):
+                    self._take({k: int(batch[k][i]) for k in ("epoch", "kind", "start", "stop")}, unpack(batch["payload"][i]))
 
     def _take(self, item: dict[str, int], arrays: dict[str, np.ndarray]) -> None:
         """One finished item; the last of a kind completes the encoded pool, or the pairing."""

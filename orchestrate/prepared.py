@@ -24,7 +24,7 @@ from orchestrate import audit_scores
 from orchestrate.data import reader
 from orchestrate.data.index import Dataset, fingerprint
 from orchestrate.data.pixels import REFERENCE, Pixels
-from orchestrate.recipe import Recipe
+from orchestrate.recipe import Cluster, Recipe
 
 PROBE_SALT = "probe"
 Load = Callable[[pa.Table], np.ndarray]
@@ -37,6 +37,12 @@ def build_attack(recipe: Recipe, table: pa.Table | None = None) -> Several | Non
 
 def build_defense(recipe: Recipe) -> Defense:
     return recipe.defense.parts[0][1] if recipe.defense else Defense()
+
+
+def needs(recipe: Recipe, streaming: bool | None = None) -> tuple[Cluster, bool, bool]:
+    """What `capacity` counts: the recipe's cluster, whether it matches, whether it streams (before its set is known: where it says so)."""
+    matching = bool(build_defense(recipe).rounds(recipe.train.epochs))
+    return recipe.cluster, matching, recipe.data.stream == "always" if streaming is None else streaming
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,7 @@ def model_side(recipe: Recipe) -> int:
     """Side in px of the model's input."""
     from models import clip
 
-    size = clip.config(recipe.model.name, recipe.model.image_size or None)["vision_cfg"]["image_size"]
-    return size if isinstance(size, int) else size[0]
+    return clip.side(clip.config(recipe.model.name, recipe.model.image_size or None))
 
 
 def as_clean(table: pa.Table) -> pa.Table:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from defenses.base import Repair
-from orchestrate import prepared, rundir
-from orchestrate.data.index import Dataset, open_dataset
+from orchestrate import prepared, rundir, scoring
+from orchestrate.data.index import open_dataset
 from orchestrate.progress import Phase
 from orchestrate.recipe import Recipe, Train, from_dict
 
@@ -44,37 +44,14 @@ def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: str, out: 
     clean: a data set of trusted pairs; "": `defense.clean` of the recipe's own pairs, those that its attack leaves alone. Figures before
     and after are of the recipe's data, with the recipe's attack where it has one; without a recipe's data, of the trusted set's.
     """
-    from models import export
-    from orchestrate.evaluate import evaluate
+    from models import clip, export
 
     (built, cfg), plan = export.load(checkpoint, model), prepared.build_defense(recipe).repair()
     assert plan is not None
-    dataset, ready, trusted = _data(recipe, clean, plan)
-    attack, e = prepared.build_attack(recipe, ready.table), recipe.evaluate
-    side = cfg["vision_cfg"]["image_size"]
-    side = recipe.data.side or (side if isinstance(side, int) else side[0])
-
-    def figures(what: str) -> dict[str, Any]:
-        with Phase(f"eval {what}", unit="image") as phase:
-            return evaluate(
-                built,
-                cfg,
-                heldout=dataset.heldout,
-                classes=dataset.classes,
-                templates=dataset.templates,
-                probes=ready.probes,
-                load=prepared.loader(recipe, attack, None, None, side),
-                probe_train=prepared.probe_rows(dataset.train, e.probe_size, recipe.seed) if e.probe else None,
-                train=dataset.train,
-                batch=e.batch,
-                precision=e.precision,
-                seed=recipe.seed,
-                progress=lambda stage, done, total: phase.at(done, stage, total),
-            )
-
-    before = figures("before")
-    losses = fine_tune(built, cfg, plan, recipe, trusted, side)
-    after = figures("after")
+    ready, trusted = _data(recipe, clean, plan)
+    before = scoring.figures(built, cfg, recipe, ready, "eval before")
+    losses = fine_tune(built, cfg, plan, recipe, trusted, recipe.data.side or clip.side(cfg))
+    after = scoring.figures(built, cfg, recipe, ready, "eval after")
     assert recipe.defense is not None
     result: dict[str, Any] = {
         "checkpoint": str(checkpoint),
@@ -103,17 +80,17 @@ def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: str, out: 
     return result
 
 
-def _data(recipe: Recipe, clean: str, plan: Repair) -> tuple[Dataset, prepared.Prepared, Any]:
+def _data(recipe: Recipe, clean: str, plan: Repair) -> tuple[prepared.Prepared, Any]:
     """What is measured on, its plan of poison, and the trusted pairs' table (as `attacks.apply` makes it)."""
     with Phase("data") as phase:
         config = recipe.data if not clean or recipe.attack else dataclasses.replace(recipe.data, path=clean)
         dataset = open_dataset(config, lambda done, total: phase.at(done, total=total))
         ready = prepared.plan(recipe, dataset)
         if not clean:
-            return dataset, ready, prepared.trusted_rows(ready.table, plan.clean, recipe.seed)
+            return ready, prepared.trusted_rows(ready.table, plan.clean, recipe.seed)
         given = open_dataset(dataclasses.replace(recipe.data, path=clean), lambda done, total: phase.at(done, total=total))
     table = prepared.plan(dataclasses.replace(recipe, attack=None), given).table
-    return dataset, ready, table
+    return ready, table
 
 
 def fine_tune(model: Any, cfg: Mapping[str, Any], plan: Repair, recipe: Recipe, trusted: Any, side: int) -> list[float]:

@@ -121,7 +121,6 @@ def artifacts(folder: Path) -> list[Path]:
 def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] | None, data_seconds: float) -> dict[str, Any]:
     """Export the model and write result.json: the last word of a run; a directory that has it is finished."""
     records = journal.read(folder / journal.NAME)
-    removed, found = left_out(ready)
     evaluations = [r for r in records if r["kind"] == "eval"]
     if not evaluations:
         raise RuntimeError(f"{folder / journal.NAME} has no evaluation: remove the directory and run again.")
@@ -145,6 +144,7 @@ def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] 
         before = next(r for r in evaluations if r["epoch"] == recipe.train.epochs)
         result |= {f"before/{k}": v for k, v in before.items() if k not in TOLD}
     if recipe.data.exclude:
+        removed, found = left_out(ready)
         result |= {"audit/removed": removed, "audit/share": removed / (removed + ready.table.num_rows), "audit/poison_removed": found}
     rounds = [r for r in records if r["kind"] == "match"]
     shares = {k: v for k, v in (rounds[-1] if rounds else {}).items() if k in MATCHED or k.startswith("quality/")}

@@ -13,31 +13,37 @@ from orchestrate.recipe import Recipe
 def score(checkpoint: str, model: str | None, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """(flat metrics, CLIP_benchmark's record) of a checkpoint on `recipe.data`, with the recipe's attack as probes where it has one."""
     from models import export
-    from orchestrate.evaluate import benchmark_json, evaluate
-    from orchestrate.hardening import hardening
+    from orchestrate.evaluate import benchmark_json
 
     built, cfg = export.load(checkpoint, model)
     with Phase("data") as phase:
         dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
-    ready = prepared.plan(recipe, dataset)
-    side = cfg["vision_cfg"]["image_size"]
-    side = recipe.data.side or (side if isinstance(side, int) else side[0])
-    e = recipe.evaluate
-    with Phase("eval", unit="image") as phase:
-        metrics = evaluate(
-            built,
+    metrics = figures(built, cfg, recipe, prepared.plan(recipe, dataset))
+    return metrics, benchmark_json(metrics, dataset.name, cfg.get("name", model or checkpoint), checkpoint)
+
+
+def figures(model: Any, cfg: dict[str, Any], recipe: Recipe, ready: prepared.Prepared, what: str = "eval") -> dict[str, Any]:
+    """Everything `evaluate` measures of a model on a prepared set, read from its files; `what` names the phase."""
+    from models import clip
+    from orchestrate.evaluate import evaluate
+    from orchestrate.hardening import hardening
+
+    dataset, e, hardener = ready.dataset, recipe.evaluate, prepared.build_defense(recipe).hardener()
+    load = prepared.loader(recipe, prepared.build_attack(recipe, ready.table), None, None, recipe.data.side or clip.side(cfg))
+    with Phase(what, unit="image") as phase:
+        return evaluate(
+            model,
             cfg,
             heldout=dataset.heldout,
             classes=dataset.classes,
             templates=dataset.templates,
             probes=ready.probes,
-            load=prepared.loader(recipe, prepared.build_attack(recipe, ready.table), None, None, side),
+            load=load,
             probe_train=prepared.probe_rows(dataset.train, e.probe_size, recipe.seed) if e.probe else None,
             train=dataset.train,
             batch=e.batch,
             precision=e.precision,
             seed=recipe.seed,
             progress=lambda stage, done, total: phase.at(done, stage, total),
-            hardening=hardening(prepared.build_defense(recipe).hardener(), ready.table, e.probe_size, recipe.seed) if e.probe else None,
+            hardening=hardening(hardener, ready.table, e.probe_size, recipe.seed) if e.probe else None,
         )
-    return metrics, benchmark_json(metrics, dataset.name, cfg.get("name", model or checkpoint), checkpoint)

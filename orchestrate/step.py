@@ -100,8 +100,7 @@ class Learner:
 
     @property
     def image_side(self) -> int:
-        size = self.cfg["vision_cfg"]["image_size"]
-        return size if isinstance(size, int) else size[0]
+        return clip.side(self.cfg)
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up over `warmup` steps, then cosine to 0 at the last. Stateless, so resuming cannot shift it."""
@@ -134,7 +133,7 @@ class Learner:
         pixels = pixels.float().div_(255)
         keys = [examples.keys, mix(examples.keys)][: self.defense.view_count]
         views = [self.defense.augment(Batch(pixels, examples.captions, k, view)) for view, k in enumerate(keys)]
-        images = _join([resize(view.images, self.image_side) for view in views])
+        images = _join([clip.resize(view.images, clip.size(self.cfg)) for view in views])
         assert images is not None
         images = clip.normalise(images, self.mean, self.std)
         if self.config.channels_last:
@@ -248,13 +247,6 @@ def split(examples: Examples, parts: int) -> list[Examples]:
     pick: Callable[[Any, int], Any] = lambda x, i: None if x is None else x[bounds[i] : bounds[i + 1]]
     fields = (examples.images, examples.captions, examples.keys, examples.matched, examples.safe)
     return [Examples(*(pick(x, i) for x in fields)) for i in range(parts)]
-
-
-def resize(images: Tensor, side: int) -> Tensor:
-    """(N, 3, S, S) → (N, 3, side, side), bicubic with antialias, clamped to [0, 1]; unchanged where S = side."""
-    if images.shape[-1] == side:
-        return images
-    return nn.functional.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp_(0, 1)
 
 
 def _join(parts: list[Tensor | None]) -> Tensor | None:

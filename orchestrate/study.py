@@ -28,7 +28,7 @@ from orchestrate.data.index import SCENE_SIDE, Dataset, fingerprint
 from orchestrate.encoder import Encoder
 from orchestrate.progress import Phase
 from orchestrate.recipe import Model, Recipe, Train
-from orchestrate.step import Examples, Learner, resize
+from orchestrate.step import Examples, Learner
 
 ARCHITECTURE, BATCH = "tiny-rn", 128
 READ = 512  # images read at once
@@ -148,8 +148,7 @@ class SetStudy:
         encoder = self._encoder()
         pixels = torch.from_numpy(images).to(encoder._device).requires_grad_(True)
         x = pixels.permute(0, 3, 1, 2) / 255
-        side = encoder.cfg["vision_cfg"]["image_size"]
-        x = clip.normalise(resize(x, side if isinstance(side, int) else side[0]), *clip.image_stats(encoder.cfg))
+        x = clip.normalise(clip.resize(x, clip.size(encoder.cfg)), *clip.image_stats(encoder.cfg))
         features = F.normalize(encode.encode_image(encoder.model, x.contiguous(memory_format=torch.channels_last), False)[0], dim=1)
         value, gradient = loss(features.detach().cpu().numpy())
         features.backward(torch.from_numpy(np.asarray(gradient, np.float32)).to(features))
@@ -161,5 +160,5 @@ def _small(images: np.ndarray, side: int) -> np.ndarray:
     """uint8 (n, S, S, 3) at the surrogate's side, where it is smaller: a sample at 224 px would fill the memory."""
     if images.shape[1] <= side:
         return images
-    x = resize(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, side)
+    x = clip.resize(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, (side, side))
     return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from orchestrate import cluster, prepared, rundir, train
+from orchestrate import capacity, cluster, prepared, reading, rundir, train
 from orchestrate import recipe as recipes
 from orchestrate.progress import Phase
 from orchestrate.recipe import Recipe
 
 Result = dict[str, Any]
-SPARE = 0.25  # CPUs of a node that are left to Ray Data
 
 
 def run(members: Sequence[Recipe], *, force: bool = False) -> list[Result]:
@@ -39,15 +38,11 @@ def run(members: Sequence[Recipe], *, force: bool = False) -> list[Result]:
 
 
 def _at_once(members: Sequence[Recipe], has: dict[str, float]) -> int:
-    """As many as fit with SPARE left on each node: two members that filled a node exactly were seen to wait for their actors for ever."""
-    counts = []
-    nodes = [{**node, "CPU": node.get("CPU", 0.0) - SPARE} for node in cluster.nodes()]
-    for m in members:
-        defense = prepared.build_defense(m)
-        matching = bool(defense.rounds(m.train.epochs))
-        cluster.preflight(m.cluster, matching, m.data.stream == "always", has)
-        counts.append(cluster.slots(m.cluster, matching, m.data.stream == "always", nodes))
-    return min(counts)
+    """As many as the nodes hold completely."""
+    plans = {prepared.needs(m) for m in members}
+    for plan in plans:
+        capacity.preflight(*plan, has := cluster.grow(*plan, has))
+    return min(capacity.slots(*plan, cluster.node_resources()) for plan in plans)
 
 
 def _together(members: Sequence[Recipe], at_once: int, force: bool) -> dict[str, str]:
@@ -73,14 +68,14 @@ def _lent(members: Sequence[Recipe]) -> dict[Any, Any]:
     same = {(str(m.as_dict()["data"]), prepared.stored_side(m)) for m in members}
     if len(same) > 1:
         return {}
-    sets, _ = train.prepare(members[0])
+    sets, _ = reading.prepare(members[0])
     return sets
 
 
 def member(packed: Any, spec: dict[str, Any]) -> str:
     """In a process of its own: one run to its end. "" or the reason why it could not be run."""
     os.chdir(spec["cwd"])
-    train.lend(spec["sets"], {})
+    reading.lend(spec["sets"], {})
     try:
         train.fit(recipes.unpacked(packed), force=spec["force"])
     except (ValueError, RuntimeError, OSError) as error:

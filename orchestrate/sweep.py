@@ -4,7 +4,7 @@
     trial × n a Tune actor that holds no CPU: fit(recipe) → Rounds, TrainController, workers, matching actors, as `antidote run` does
 
 What a trial needs is taken by its own workers and actors, so Tune is told nothing of CPUs (a trial that held the CPU its worker waits
-for would wait for ever). Instead only so many trials run at once as the nodes can hold completely, counted by `cluster.slots`.
+for would wait for ever). Instead only so many trials run at once as the nodes can hold completely, counted by `capacity.slots`.
 
 Nothing is restored from Tune. A finished run is known by its result.json and a begun one by its checkpoint, so after kill -9 the same
 sweep skips the first and `fit` goes on with the second. Only Optuna's memory is kept beside (search.Asked).
@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrate import axes, cluster, journal, mlflow_uri, prepared, rundir, search, sweepdir, train
+from orchestrate import axes, capacity, cluster, journal, mlflow_uri, prepared, reading, rundir, search, sweepdir, train
 from orchestrate import recipe as recipes
 from orchestrate.axes import Space, Trial
 from orchestrate.board import Board
@@ -140,10 +140,7 @@ class _Sweep:
         """The result of a finished trial, noted as skipped."""
         result = rundir.finished(trial.recipe)
         if result is not None and trial.recipe.identity not in self.board.ended:
-            before = self.past.get(trial.recipe.identity)
-            if before is not None and before.state == RUNNING:  # the kill came between its result and the end of its MLflow run
-                run = Path(str(result["run"]))
-                Tracker.load(run, self.uri).finish("finished", rundir.artifacts(run))
+            rundir.complete(trial.recipe, Path(str(result["run"])))  # a kill may have come between its result and the end of its MLflow run
             self.ended(trial, SKIPPED, result)
         return result
 
@@ -158,17 +155,17 @@ class _Sweep:
     def _slots(self, waiting: Sequence[Trial]) -> int:
         """Trials at once, printed with the reason."""
         has = ray.cluster_resources()
-        plans = {_needs(trial.recipe) for trial in waiting}
-        for c, matching, streaming in plans:
-            cluster.preflight(c, matching, streaming, has := cluster.grow(c, matching, streaming, has))
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        counted = {plan: cluster.slots(*plan, nodes) for plan in plans}
+        plans = {prepared.needs(trial.recipe) for trial in waiting}
+        for plan in plans:
+            capacity.preflight(*plan, has := cluster.grow(*plan, has))
+        nodes = cluster.node_resources()
+        counted = {plan: capacity.slots(*plan, nodes) for plan in plans}
         plan = min(counted, key=lambda plan: counted[plan])
         fit, limit = counted[plan], self.options.concurrent
         at_once = min(fit, limit) if limit else fit
         why = f"--concurrent {limit}" if at_once < fit else f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {has.get('CPU', 0):g} CPU"
         self.threads = max(1, int(has.get("CPU", 1) / (at_once * plan[0].workers)))
-        self.board.say(f"{at_once} trial{'s' * (at_once > 1)} at once ({why}); each takes {cluster.plan(*plan)}")
+        self.board.say(f"{at_once} trial{'s' * (at_once > 1)} at once ({why}); each takes {capacity.plan(*plan)}")
         return at_once
 
     def _tune(self, source: search.Search, spec: dict[str, Any]) -> None:
@@ -301,7 +298,7 @@ def run_trial(config: dict[str, str], spec: dict[str, Any]) -> None:
     """One run, from whatever is there to its result. What `fit` refuses is an outcome; anything else Tune tries again."""
     os.chdir(spec["cwd"])  # a recipe's relative paths mean the user's directory
     recipe = recipes.unpacked(json.loads(config["recipe"]))
-    train.lend(spec["sets"], spec["plans"])
+    reading.lend(spec["sets"], spec["plans"])
     end = {"epoch": recipe.train.epochs}
     try:
         with _early(recipe, spec["early"]):
@@ -359,12 +356,6 @@ def _early(recipe: Recipe, metric: str) -> Iterator[None]:
 # --- what fits ---------------------------------------------------------------------------------------------------------------------
 
 
-def _needs(recipe: Recipe) -> tuple[recipes.Cluster, bool, bool]:
-    defense = prepared.build_defense(recipe)
-    matching = bool(defense.rounds(recipe.train.epochs))
-    return recipe.cluster, matching, recipe.data.stream == "always"
-
-
 class _Shared:
     """Work that several trials share, done once by the driver and held by it to the sweep's end: decoded data sets, poisoned indices.
 
@@ -386,7 +377,7 @@ class _Shared:
         """Recipes on one data set: its pixels, and each plan that more than one of them needs."""
         if self.room <= 0:
             return
-        sets, dataset = train.prepare(alike[0])
+        sets, dataset = reading.prepare(alike[0])
         for name, held in sets.items():
             if name not in self.sets:
                 self.room -= ray.get(held[1][0]).nbytes
@@ -403,6 +394,6 @@ class _Shared:
 
 def _here() -> str:
     """The resource that only this node has: Ray gives every node one of its address."""
-    me = ray.get_runtime_context().get_node_id()
+    me = cluster.node_id()
     [mine] = [node["Resources"] for node in ray.nodes() if node["NodeID"] == me]
     return next(name for name in mine if name.startswith("node:") and "__" not in name)

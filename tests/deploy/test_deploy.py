@@ -271,14 +271,14 @@ def test_rays_autoscaler_reads_the_groups():
 
 
 def test_the_command_of_the_job_is_one_and_fits_its_cluster():
-    from orchestrate import cluster
+    from orchestrate import capacity
     from orchestrate.cli import resolved
 
     words = read("deploy/kuberay.yaml")["spec"]["entrypoint"].split()
     assert words[:2] == ["antidote", "run"]
     [one] = resolved(words[2], words[3:])
     top = {"CPU": 4 * 32.0 + 8 * 16.0, "GPU": 16.0}
-    cluster.preflight(one.recipe.cluster, True, False, top)
+    capacity.preflight(one.recipe.cluster, True, False, top)
 
 
 # --- scripts and the image ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from orchestrate import ROOT, cluster
+from orchestrate import ROOT, capacity, cluster
 from orchestrate.recipe import Cluster
 
 AMOUNTS = st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0])
@@ -44,8 +44,8 @@ CLUSTERS = st.builds(
     ],
 )
 def test_the_plan_adds_up_what_is_held_at_once(settings, matching, streaming, wanted, line):
-    assert tuple(cluster.demand(settings, matching, streaming).values()) == pytest.approx(wanted)
-    assert cluster.plan(settings, matching, streaming) == line
+    assert tuple(capacity.demand(settings, matching, streaming).values()) == pytest.approx(wanted)
+    assert capacity.plan(settings, matching, streaming) == line
 
 
 @pytest.mark.parametrize(
@@ -97,16 +97,16 @@ def test_the_plan_adds_up_what_is_held_at_once(settings, matching, streaming, wa
 )
 def test_what_cannot_be_placed_is_refused_with_what_would_fit(settings, has, matching, message):
     with pytest.raises(ValueError) as error:
-        cluster.preflight(settings, matching, False, has)
+        capacity.preflight(settings, matching, False, has)
     assert str(error.value).endswith(message)
 
 
 @given(CLUSTERS, st.booleans(), st.booleans(), st.integers(1, 64), st.integers(0, 16))
 def test_a_plan_is_refused_exactly_when_it_does_not_fit(settings, matching, streaming, cpus, gpus):
-    wanted = cluster.demand(settings, matching, streaming)
+    wanted = capacity.demand(settings, matching, streaming)
     fits = wanted["CPU"] <= cpus and wanted["GPU"] <= gpus
     try:
-        cluster.preflight(settings, matching, streaming, {"CPU": float(cpus), "GPU": float(gpus)})
+        capacity.preflight(settings, matching, streaming, {"CPU": float(cpus), "GPU": float(gpus)})
     except ValueError:
         assert not fits
     else:
@@ -118,23 +118,23 @@ def test_the_number_of_workers_it_suggests_does_fit_and_one_more_does_not(settin
     settings = dataclasses.replace(settings, gpus=0.0, match_gpus=0.0)
     has = {"CPU": float(cpus)}
     try:
-        cluster.preflight(settings, matching, streaming, has)
+        capacity.preflight(settings, matching, streaming, has)
         assume(False)
     except ValueError as error:
         _, sign, rest = str(error).partition("At most cluster.workers=")
     assume(sign)
     count = int(rest.split()[0])
     assert 1 <= count < settings.workers
-    cluster.preflight(dataclasses.replace(settings, workers=count), matching, streaming, has)
+    capacity.preflight(dataclasses.replace(settings, workers=count), matching, streaming, has)
     with pytest.raises(ValueError):
-        cluster.preflight(dataclasses.replace(settings, workers=count + 1), matching, streaming, has)
+        capacity.preflight(dataclasses.replace(settings, workers=count + 1), matching, streaming, has)
 
 
 def test_fewer_workers_than_wanted_may_start_but_not_fewer_than_needed():
     elastic = Cluster(workers=8, min_workers=2)
-    cluster.preflight(elastic, False, False, {"CPU": 2})
+    capacity.preflight(elastic, False, False, {"CPU": 2})
     with pytest.raises(ValueError, match=r"2–8 training workers.*has 1 CPU. At most cluster.min_workers=1 fit."):
-        cluster.preflight(elastic, False, False, {"CPU": 1})
+        capacity.preflight(elastic, False, False, {"CPU": 1})
     with pytest.raises(ValueError, match=r"cluster.min_workers=3 is above cluster.workers=2"):
         Cluster(workers=2, min_workers=3)
 
@@ -150,13 +150,13 @@ def test_the_error_that_others_stand_around_is_found():
 
 def test_a_streaming_run_leaves_a_core_for_a_reader():
     """Else the workers would wait for a reader that waits for the workers' cores."""
-    cluster.preflight(Cluster(workers=2), False, False, {"CPU": 2.0})
+    capacity.preflight(Cluster(workers=2), False, False, {"CPU": 2.0})
     with pytest.raises(ValueError, match=r"readers × 1 CPU = 3 CPU, but this machine has 2 CPU. At most cluster.workers=1 fit"):
-        cluster.preflight(Cluster(workers=2), False, True, {"CPU": 2.0})
+        capacity.preflight(Cluster(workers=2), False, True, {"CPU": 2.0})
 
 
 def test_shares_that_add_up_to_the_whole_fit_whatever_the_rounding():
-    cluster.preflight(Cluster(workers=10, cpus=0.1, match_actors=10, match_cpus=0.1), True, False, {"CPU": 2.0})
+    capacity.preflight(Cluster(workers=10, cpus=0.1, match_actors=10, match_cpus=0.1), True, False, {"CPU": 2.0})
 
 
 # --- what a job ships --------------------------------------------------------------------------------------------------------
@@ -216,13 +216,13 @@ def test_planning_needs_no_ray():
     ],
 )
 def test_so_many_runs_at_once(settings, matching, streaming, nodes, at_once):
-    assert cluster.slots(settings, matching, streaming, nodes) == at_once
+    assert capacity.slots(settings, matching, streaming, nodes) == at_once
 
 
 @given(CLUSTERS, st.booleans(), st.lists(st.integers(1, 64), min_size=1, max_size=4))
 def test_runs_at_once_never_ask_for_more_than_there_is(settings, matching, cpus):
     nodes = [{"CPU": float(n), "GPU": float(n)} for n in cpus]
-    wanted = cluster.demand(settings, matching, False)
-    at_once = cluster.slots(settings, matching, False, nodes)
+    wanted = capacity.demand(settings, matching, False)
+    at_once = capacity.slots(settings, matching, False, nodes)
     for kind in ("CPU", "GPU"):
         assert at_once == 1 or at_once * wanted[kind] <= sum(cpus) + 1e-3

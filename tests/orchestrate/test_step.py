@@ -368,10 +368,10 @@ def test_a_share_is_cut_into_consecutive_micro_batches(parts):
 
 def test_pictures_are_resized_to_the_model_within_range():
     images = torch.rand(2, 3, 48, 48)
-    assert step.resize(images, 48) is images
-    small = step.resize((images > 0.5).float(), 32)
-    assert small.shape == (2, 3, 32, 32) and small.min() >= 0 and small.max() <= 1
-    assert torch.allclose(step.resize(torch.full((1, 3, 48, 48), 0.25), 32), torch.tensor(0.25))
+    assert clip.resize(images, (48, 48)) is images
+    small = clip.resize((images > 0.5).float(), (32, 16))
+    assert small.shape == (2, 3, 32, 16) and small.min() >= 0 and small.max() <= 1
+    assert torch.allclose(clip.resize(torch.full((1, 3, 48, 48), 0.25), (32, 32)), torch.tensor(0.25))
 
 
 def test_alone_nothing_is_gathered():
