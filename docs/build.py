@@ -26,15 +26,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from orchestrate import cli, plugins, recipes, scaffold  # noqa: E402
+from orchestrate import cli, compare, measure, plugins, recipes, scaffold  # noqa: E402
 from orchestrate.recipe import SECTIONS  # noqa: E402
-from orchestrate.report_text import Result, doubts, headline, markdown_table  # noqa: E402
+from orchestrate.report_text import Result, attacks, defence, doubts, duration, headline, markdown_table, poison  # noqa: E402
 
 DOCS = ROOT / "docs"
 RESULTS, AUDITS, METHODS, PICTURE = DOCS / "results", DOCS / "audits", DOCS / "methods", DOCS / "demo.png"
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LABELS = ("Paper", "Source", "Threat model", "Assumes", "Success", "Cost", "Limits")
 SHOWN = ("roclip-badnets", "attack.count=100", "defense.every=1")
+SHARES = {"zeroshot/top1": "zero-shot", "probe/top1": "probe", "retrieval/r1": "retrieval R@1"}
 KINDS = {"attack": "attack", "defense": "defence"}
 
 
@@ -327,18 +328,39 @@ def result_section(found: Mapping[str, Any], level: int) -> list[str]:
     results: list[Result] = found["results"]
     lines = [f"{'#' * level} {found['title']}", ""] if level else []
     lines += ["```sh", found["command"], "```", ""] if level and found["command"] else []
-    lines += [*markdown_table(results).splitlines(), ""]
-    if level:
+    repeated = len({str(r.get("seed")) for r in results}) > 1
+    lines += [*(seeds_table(results) if repeated else markdown_table(results).splitlines()), ""]
+    if level and not repeated:
         lines += [f"- {text}" for text in headline(results)] + [f"- Doubt: {text}" for text in doubts(results)] + [""]
     lines += [found["note"], ""] if found["note"] else []
     return [*lines, f"*{origin(results)}*"]
+
+
+def seeds_table(results: Sequence[Result]) -> list[str]:
+    """A row for each defence: means over the seeds with their 95 % intervals (`compare.Estimate`), and all hits of all trials."""
+    names = attacks(results)
+    shares = [m for m in ("zeroshot/top1", "probe/top1", "retrieval/r1") if any(m in r for r in results)]
+    head = ["defence", "seeds", *(SHARES[m] for m in shares), *(f"ASR {name}" for name in names), "poison", "training", "matching"]
+    rows = []
+    for label in dict.fromkeys(map(defence, results)):
+        runs = [compare.Run(Path(), {"seed": r["seed"]}, r) for r in results if defence(r) == label]
+        mean = lambda metric, runs=runs: compare.cell(compare.estimate(runs, metric), metric)
+        row = [label, str(len(runs)), *map(mean, shares)]
+        for name in names:
+            counts = [c for run in runs if (c := measure.counts(run.result, f"asr/{name}"))]
+            total = f"{sum(k for k, _ in counts)}/{sum(n for _, n in counts)} = " if counts else ""
+            floor = f", clean {mean(f'asr/{name}/clean')}" if any(f"asr/{name}/clean" in run.result for run in runs) else ""
+            row.append(f"{total}{mean(f'asr/{name}')}{floor}")
+        seconds = [[float(run.result.get(f"seconds/{kind}", 0)) for run in runs] for kind in ("train", "match")]
+        rows.append([*row, poison(runs[0].result), *(duration(sum(some) / len(some)) for some in seconds)])
+    return table(head, rows)
 
 
 def origin(results: Sequence[Result]) -> str:
     def each(key: str) -> str:
         return ", ".join(dict.fromkeys(str(r[key]) for r in results if key in r)) or "–"
 
-    versions = ", ".join(f"{name} {each(f'version/{name}')}" for name in ("torch", "ray", "python"))
+    versions = ", ".join(f"{name} {each(f'versions/{name}')}" for name in ("torch", "ray", "python"))
     return f"Data {each('data')}; epochs {each('epochs')}; seed {each('seed')}; identity {each('identity')}; {versions}."
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from orchestrate.recipe import Cluster
 
@@ -35,7 +36,7 @@ def plan(cluster: Cluster, matching: bool, streaming: bool) -> str:
     return " + ".join(parts) + f" = {wanted['CPU']:g} CPU" + (f", {wanted['GPU']:g} GPU" if wanted["GPU"] else "")
 
 
-def preflight(cluster: Cluster, matching: bool, streaming: bool, has: dict[str, float]) -> None:
+def preflight(cluster: Cluster, matching: bool, streaming: bool, has: Mapping[str, float], verb: str = "has") -> None:
     """ValueError for a plan that could never be placed: Ray would wait for ever."""
     wanted = demand(cluster, matching, streaming)
     for kind in ("CPU", "GPU"):
@@ -43,7 +44,20 @@ def preflight(cluster: Cluster, matching: bool, streaming: bool, has: dict[str, 
         if wanted[kind] > there + 1e-6:
             where = f"the cluster at {cluster.address}" if cluster.address else "this machine"
             mend = _mend(cluster, matching, streaming, kind, there)
-            raise ValueError(f"{plan(cluster, matching, streaming)}, but {where} has {there:g} {kind}. {mend}")
+            raise ValueError(f"{plan(cluster, matching, streaming)}, but {where} {verb} {there:g} {kind}. {mend}")
+
+
+def ceiling(config: Mapping[str, Any]) -> dict[str, float]:
+    """What a cluster of this `ray up` configuration can grow to, infinite where a node type does not say what it has."""
+    types, head = config.get("available_node_types") or {}, config.get("head_node_type")
+    most = dict.fromkeys(("CPU", "GPU"), 0.0)
+    for name, kind in types.items():
+        nodes = 1 if name == head else min(kind.get("max_workers", 0), config.get("max_workers", math.inf))
+        told = kind.get("resources") or {}
+        for resource in most:
+            each = told.get(resource, 0.0 if told else math.inf)
+            most[resource] += nodes * each if nodes else 0.0
+    return most
 
 
 def slots(c: Cluster, matching: bool, streaming: bool, nodes: Sequence[Mapping[str, float]]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import tempfile
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrate import ROOT
+from orchestrate import ROOT, capacity
 from orchestrate.capacity import pieces, placeable, plan, preflight
 from orchestrate.progress import Phase
 from orchestrate.recipe import Cluster
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 30.0  # for all actors of a pool, before fewer do
 STARTING = 4  # processes that a small machine may start at once; above three times its cores Ray warns on the terminal, for every run
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves the configuration here, on the head
+KUBERNETES = "KUBERNETES_SERVICE_HOST"
 FREED_S = 30.0  # in which a cluster clears up after a driver that was killed
 EXCLUDE = ["/.git", "/.venv", "/runs", "/tests", "/docs", "/benchmarks", "/deploy", "**/__pycache__", "*.parquet", "*.png", "*.tar"]
 # Read by the driver and the train controller when ray.train is imported: a report is seen within 0.3 s instead of 2 s.
@@ -280,15 +283,16 @@ def _first_line(error: BaseException) -> str:
 
 
 def ceiling() -> dict[str, float] | None:
-    """What the session's cluster can grow to; None where it does not scale by itself, or does not tell.
+    """What the session's cluster can grow to; None where it does not scale by itself, or not that we know of.
 
-    Known defect: nothing that we have found in Ray 2.60, its own autoscaler included, writes the record that is read here. Where it is
-    missing `grow` asks for nothing, and a plan that the living nodes do not hold is refused.
+    Ray 2.60 keeps no record of it for drivers. What `ray up` started can be read on its head, where jobs run (`BOOTSTRAP`); a cluster on
+    Kubernetes may grow, nobody here knows how far.
     """
-    import ray
+    if BOOTSTRAP.expanduser().is_file():
+        import yaml
 
-    most = ray._private.state.state.get_max_resources_from_cluster_config()
-    return None if most is None else {kind: float(most.get(kind, 0)) for kind in ("CPU", "GPU")}
+        return capacity.ceiling(yaml.safe_load(BOOTSTRAP.expanduser().read_text()))
+    return dict.fromkeys(("CPU", "GPU"), math.inf) if KUBERNETES in os.environ else None
 
 
 def grow(c: Cluster, matching: bool, streaming: bool, has: dict[str, float]) -> dict[str, float]:
@@ -303,7 +307,7 @@ def grow(c: Cluster, matching: bool, streaming: bool, has: dict[str, float]) -> 
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    preflight(c, matching, streaming, {kind: max(most[kind], has.get(kind, 0.0)) for kind in most})
+    preflight(c, matching, streaming, {kind: max(most[kind], has.get(kind, 0.0)) for kind in most}, "may grow to")
     asked = pieces(c, matching, streaming)
     request_resources(bundles=[{kind: amount for kind, amount in zip(("CPU", "GPU"), piece, strict=True) if amount} for piece in asked])
     until, nodes = time.monotonic() + c.timeout_s, len(node_resources())

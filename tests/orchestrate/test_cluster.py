@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -217,6 +218,25 @@ def test_planning_needs_no_ray():
 )
 def test_so_many_runs_at_once(settings, matching, streaming, nodes, at_once):
     assert capacity.slots(settings, matching, streaming, nodes) == at_once
+
+
+def test_a_cluster_that_ray_up_started_says_how_far_it_grows(tmp_path, monkeypatch):
+    types = {
+        "head": {"resources": {"CPU": 0}},
+        "train": {"max_workers": 4, "resources": {"CPU": 8, "GPU": 1}},
+        "off": {"resources": {"CPU": 9}},
+    }
+    config = {"max_workers": 3, "head_node_type": "head", "available_node_types": types}
+    assert capacity.ceiling(config) == {"CPU": 24, "GPU": 3}
+    types["train"]["resources"] = {}  # on-premise: machines are asked when they join
+    assert capacity.ceiling(config) == {"CPU": math.inf, "GPU": math.inf}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv(cluster.KUBERNETES, raising=False)
+    assert cluster.ceiling() is None
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(
+        "max_workers: 2\nhead_node_type: h\navailable_node_types: {h: {resources: {CPU: 1}}}"
+    )
+    assert cluster.ceiling() == {"CPU": 1, "GPU": 0}
 
 
 @given(CLUSTERS, st.booleans(), st.lists(st.integers(1, 64), min_size=1, max_size=4))
