@@ -225,12 +225,19 @@ def check_storage(store: Store, c: Cluster) -> None:
     asked = []
     for node in nodes:
         there = seen.options(num_cpus=0, scheduling_strategy=on_node(node["NodeID"]))
-        asked.append((node["NodeManagerHostname"], there.remote()))
+        asked.append((node, there.remote()))
+    blind = set()
     try:
-        blind = {host for host, answer in asked if not ray.get(answer, timeout=c.timeout_s)}
-    except ray.exceptions.RayError as error:
-        why = str(error).strip().splitlines()[-1]
-        raise ValueError(f"a node could not say whether it reaches {store.root}: {why}") from error
+        for node, answer in asked:
+            try:
+                seen_there = ray.get(answer, timeout=c.timeout_s)
+            except ray.exceptions.RayError as error:
+                if not any(other["Alive"] and other["NodeID"] == node["NodeID"] for other in ray.nodes()):
+                    continue  # a node that has left need not see anything
+                why = str(error).strip().splitlines()[-1]
+                raise ValueError(f"{node['NodeManagerHostname']} could not say whether it reaches {store.root}: {why}") from error
+            if not seen_there:
+                blind.add(node["NodeManagerHostname"])
     finally:
         store.filesystem.delete_file(mark)
     if blind:

@@ -18,7 +18,7 @@ from orchestrate.secrets import masked as masked  # messages, files and pages na
 NONE = "none"  # track.uri=none: metrics.jsonl only
 ANSWER_S = 5  # seconds a store gets for one answer
 MEND = "give another with track.uri=…, or track.uri=none to keep metrics.jsonl only"
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 WORDS = {
     "connection refused": "connection refused",
     "timed out": "timed out",
@@ -57,7 +57,7 @@ def sqlite_path(uri: str) -> Path:
 
 
 def knock(uri: str) -> None:
-    """Raise soon where a database is not there: MLflow itself would try ten times with growing pauses, for minutes."""
+    """Raise soon where a database or server is not there: MLflow itself would try ten times with growing pauses, for minutes."""
     parts = urlsplit(uri)
     port = parts.port  # ValueError where it is no number
     kind = scheme(uri)

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")  # where runs lie unless cluster.runs says otherwise
 STATE = "mlflow.json"  # in the run directory: where the run is in MLflow, and how much of metrics.jsonl it has
-START_S, UPLOAD_S = 8, 120  # seconds MLflow gets for its first answer, and for one uploaded file
+START_S, UPLOAD_S = 30, 120  # seconds an MLflow that is there gets for its first answer, and for one uploaded file
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 300.0  # between two attempts at a server that went silent
 PARAMS_PER_CALL, METRICS_PER_CALL, LINES_PER_CALL, LONGEST_VALUE = 100, 1000, 100, 500
 QUIET = {
@@ -75,8 +75,8 @@ class Tracker:
     ) -> Tracker:
         """Make the run in MLflow, or take up the one that `run_dir` already has, and log the parameters once.
 
-        Call it in the driver, before any training. ValueError within about ten seconds where `uri` is malformed or
-        does not answer.
+        Call it in the driver, before any training. ValueError at once where `uri` is malformed or nobody is there,
+        within half a minute where it does not answer.
         """
         run_dir = Path(run_dir).absolute()
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import pickle
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -178,14 +179,40 @@ def server(store: str, port: int = 0) -> Iterator[str]:
         thread.join()
 
 
-def test_a_server_that_dies_mid_run_gets_everything_afterwards(
-    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def served(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The database behind a `server`, with a place for artefacts."""
     monkeypatch.setenv("_MLFLOW_SERVER_FILE_STORE", store)
     monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
     monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", str(tmp_path / "art"))
     monkeypatch.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
-    run = tmp_path / "run"
+    return store
+
+
+def test_eight_runs_write_to_one_server_at_once_and_nothing_is_lost(tmp_path: Path, served: str) -> None:
+    def write(i: int) -> Tracker:
+        run = tmp_path / f"run-{i}"
+        tracker = Tracker.start(run, uri, "crowd", {"seed": i}, {"antidote.identity": str(i)})
+        for epoch in range(1, 6):
+            tracker.log(train(epoch, i + epoch / 10), step=epoch)
+        (run / "result.json").write_text(json.dumps({"seed": i, "zeroshot/top1": i / 8}))
+        tracker.finish("finished", [run / "result.json"])
+        return tracker
+
+    with server(served) as uri:
+        with ThreadPoolExecutor(8) as pool:
+            trackers = list(pool.map(write, range(8)))
+        client = mlflow.MlflowClient(uri)
+        for i, tracker in enumerate(trackers):
+            assert points(tracker, "train/loss") == [(epoch, i + epoch / 10) for epoch in range(1, 6)]
+            run = client.get_run(tracker.run_id)
+            assert (run.info.status, run.data.params["seed"], run.data.metrics["zeroshot/top1"]) == ("FINISHED", str(i), i / 8)
+            assert [item.path for item in client.list_artifacts(tracker.run_id)] == ["result.json"]
+    assert len({tracker.run_id for tracker in trackers}) == 8
+
+
+def test_a_server_that_dies_mid_run_gets_everything_afterwards(tmp_path: Path, served: str, caplog: pytest.LogCaptureFixture) -> None:
+    store, run = served, tmp_path / "run"
     with server(store) as uri:
         tracker = Tracker.start(run, uri, "served", {"seed": 1})
         tracker.log(train(1, 3.0), step=1)

@@ -1,6 +1,6 @@
 """`antidote submit` and `jobs` at the door of a cluster of one node, with a token, from a home and a directory of the user's own.
 
-That a cluster grows for a job is not tested here: see `cluster.ceiling`.
+That a cluster grows for a job is not tested here: nothing on one machine starts nodes for it.
 """
 
 from __future__ import annotations
