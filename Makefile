@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test unit ray faults cluster-test lint bench clean
+.PHONY: demo test unit ray faults screens cluster-test lint bench clean
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
@@ -16,7 +16,7 @@ demo: .venv/.ready
 test: unit ray
 
 unit: .venv/.ready
-	$(BIN)/python -m pytest -m 'not ray and not faults'
+	$(BIN)/python -m pytest -m 'not ray and not faults and not browser'
 
 ray: .venv/.ready
 	$(BIN)/python -m pytest -m ray
@@ -24,6 +24,10 @@ ray: .venv/.ready
 # Who dies in which phase, on a cluster of several raylets; rewrites the table of docs/faults.md.
 faults: .venv/.ready
 	ANTIDOTE_FAULTS_PAGE=docs/faults.md $(BIN)/python -m pytest tests/faults
+
+# A sweep's report and MLflow's comparison in a real Chromium; pictures go to screens/.
+screens: .venv/.ready
+	ANTIDOTE_SCREENS=screens $(BIN)/python -m pytest -rs tests/browser
 
 # A real `ray up` on machines made of namespaces: root, openssh-server, rsync, minutes.
 cluster-test: .venv/.ready

@@ -108,7 +108,10 @@ def _heat_map(axes: Axes, runs: Sequence[Run], axes_of: tuple[str, str], metric:
     cells = [[known.get((y, x)) for x in xs] for y in ys]
     numbers = [[float("nan") if e is None else e.mean for e in row] for row in cells]
     colors = "RdYlGn_r" if measure.lower_is_better(metric) else "YlGn"
-    axes.imshow(numbers, cmap=colors, aspect="auto", alpha=0.75, vmin=limits[0], vmax=limits[1])
+    edges = [[k - 0.5 for k in range(len(values) + 1)] for values in (xs, ys)]
+    # Not imshow: its picture inside the SVG is one that a browser, which reads the SVG as part of the page, does not show.
+    axes.pcolormesh(*edges, numbers, cmap=colors, alpha=0.75, vmin=limits[0], vmax=limits[1])
+    axes.invert_yaxis()
     for i, row in enumerate(cells):
         for k, e in enumerate(row):
             text = MISSING if e is None else f"{100 * e.mean:.0f} %" if is_share(metric) else f"{e.mean:.3g}"
