@@ -330,6 +330,7 @@ def result_section(found: Mapping[str, Any], level: int) -> list[str]:
     lines += ["```sh", found["command"], "```", ""] if level and found["command"] else []
     repeated = len({str(r.get("seed")) for r in results}) > 1
     lines += [*(seeds_table(results) if repeated else markdown_table(results).splitlines()), ""]
+    lines += quality_table(results) if level else []
     if level and not repeated:
         lines += [f"- {text}" for text in headline(results)] + [f"- Doubt: {text}" for text in doubts(results)] + [""]
     lines += [found["note"], ""] if found["note"] else []
@@ -354,6 +355,17 @@ def seeds_table(results: Sequence[Result]) -> list[str]:
         seconds = [[float(run.result.get(f"seconds/{kind}", 0)) for run in runs] for kind in ("train", "match")]
         rows.append([*row, poison(runs[0].result), *(duration(sum(some) / len(some)) for some in seconds)])
     return table(head, rows)
+
+
+def quality_table(results: Sequence[Result]) -> list[str]:
+    """What the pool's nearest captions of the last round say, by cosine and by transport on the same features; means over the runs."""
+    asked = {"poisoned": "poisoned pairs freed of the adversary's class", "clean": "clean pairs that keep their own class"}
+    found = [(f"{what}, by {way}", f"match/quality/{way}/{kind}") for kind, what in asked.items() for way in ("cosine", "transport")]
+    rows = []
+    for label in dict.fromkeys(defence(r) for r in results if any(key in r for _, key in found)):
+        runs = [compare.Run(Path(), {"seed": r["seed"]}, r) for r in results if defence(r) == label]
+        rows.append([label, *(compare.cell(compare.estimate(runs, key), key) for _, key in found)])
+    return ["**Nearest captions of the last round**", "", *table(["defence", *(name for name, _ in found)], rows), ""] if rows else []
 
 
 def origin(results: Sequence[Result]) -> str:
