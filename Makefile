@@ -16,7 +16,7 @@ demo: .venv/.ready
 test: unit ray
 
 unit: .venv/.ready
-	$(BIN)/python -m pytest -m 'not ray and not faults and not browser'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not ray and not faults and not browser'
 
 ray: .venv/.ready
 	$(BIN)/python -m pytest -m ray

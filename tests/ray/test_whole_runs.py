@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from .conftest import EXACT, TINY, Antidote
+from .conftest import TINY, Antidote
 
 pytestmark = pytest.mark.ray
 
 
-def test_a_run_leaves_all_it_should_and_is_not_paid_for_twice(antidote: Antidote) -> None:
-    result = antidote.result("roclip", *TINY)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Antidote, dict[str, Any]]:
+    """A run to its end with one worker, and its result."""
+    antidote = Antidote(tmp_path_factory.mktemp("whole"))
+    return antidote, antidote.result("roclip", *TINY)
+
+
+def test_a_run_leaves_all_it_should_and_is_not_paid_for_twice(whole: tuple[Antidote, dict[str, Any]]) -> None:
+    antidote, result = whole
     folder = Path(result["run"])
     # 140 held-out scenes are 10 of each of 14 classes; the target's own 10 do not count.
     assert (result["asr/targeted/total"], result["asr/stripes/total"]) == (16, 130)
@@ -39,16 +47,12 @@ def test_a_run_leaves_all_it_should_and_is_not_paid_for_twice(antidote: Antidote
     assert (folder / "result.json").stat().st_mtime_ns == written, "a finished identity ran again"
 
 
-def test_two_workers_compute_what_one_does(antidote: Antidote, tmp_path: Path) -> None:
-    words = ("roclip", *TINY, "train.epochs=2", "track.uri=none", "cluster.match_cpus=0.25", "cluster.cpus=0.5")
-    one = antidote.result(*words)
-    losses = [r["loss"] for r in antidote.records() if r["kind"] == "train"]
-    two_folder = tmp_path / "two"
-    two_folder.mkdir()
-    other = Antidote(two_folder)
-    two = other.result(*words, "cluster.workers=2", "cluster.match_actors=2")
+def test_two_workers_compute_what_one_does(antidote: Antidote, whole: tuple[Antidote, dict[str, Any]]) -> None:
+    shares = ("cluster.workers=2", "cluster.match_actors=2", "cluster.match_cpus=0.25", "cluster.cpus=0.5")
+    (alone, one), two = whole, antidote.result("roclip", *TINY, "track.uri=none", *shares)
     assert two["workers"] == 2
-    assert [r["loss"] for r in other.records() if r["kind"] == "train"] == pytest.approx(losses, rel=2e-3)
+    losses = [[r["loss"] for r in run.records() if r["kind"] == "train"] for run in (alone, antidote)]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     assert two["zeroshot/top1"] == pytest.approx(one["zeroshot/top1"], abs=0.05)
 
 
@@ -59,7 +63,7 @@ def test_a_streamed_set_trains_poisoned_and_scored_alike(antidote: Antidote) -> 
     assert [r["pairs"] for r in first if r["kind"] == "match"] == [384]
 
 
-def test_members_of_a_suite_run_at_once_and_get_the_numbers_they_get_alone(antidote: Antidote, tmp_path: Path) -> None:
+def test_members_of_a_suite_run_at_once_and_disturb_one_another_in_nothing(antidote: Antidote) -> None:
     words = [w for w in TINY if not w.startswith("defense.")] + [
         "train.epochs=5",
         "track.uri=none",
@@ -70,13 +74,13 @@ def test_members_of_a_suite_run_at_once_and_get_the_numbers_they_get_alone(antid
     assert code == 0, err
     assert "4 members, 2 at once" in err and "4/4 run" in err
     assert all(name in out for name in ("No defence", "Augmentation only", "RoCLIP", "OTCCLIP"))
-    assert len(antidote.results()) == 4 and list(antidote.runs.glob("demo-????????/report.html"))
-    (tmp_path / "alone").mkdir()
-    alone = Antidote(tmp_path / "alone")
-    [member] = [r for r in antidote.results() if r["recipe"] == "demo-otcclip"]
-    again = alone.result(str(Path(member["run"]) / "recipe.json"), "track.uri=none", f"cluster.runs={alone.runs}")
-    assert {k: member[k] for k in EXACT if k in member} == {k: again[k] for k in EXACT if k in again}
-    losses = [[r["loss"] for r in one.records() if r["kind"] == "train"] for one in (antidote, alone)]
-    assert len(losses[0]) == 20 and set(losses[1]) <= set(losses[0])
-    prints = {json.loads((Path(r["run"]) / "data.json").read_text())["fingerprint"] for r in (member, again)}
+    results = {r["recipe"].removeprefix("demo-"): Path(r["run"]) for r in antidote.results()}
+    assert len(results) == 4 and list(antidote.runs.glob("demo-????????/report.html"))
+    lines = {name: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for name, run in results.items()}
+    losses = {name: [r["loss"] for r in some if r["kind"] == "train"] for name, some in lines.items()}
+    # Four warm-up epochs on the same augmented views: what ran beside them was each time another member.
+    assert losses["augmented"][:4] == losses["roclip"][:4] == losses["otcclip"][:4] != losses["clip"][:4]
+    assert len({losses[name][4] for name in losses}) == 4
+    assert [r["epoch"] for name in ("roclip", "otcclip") for r in lines[name] if r["kind"] == "match"] == [5, 5]
+    prints = {json.loads((run / "data.json").read_text())["fingerprint"] for run in results.values()}
     assert len(prints) == 1
