@@ -340,11 +340,10 @@ def result_section(found: Mapping[str, Any], level: int) -> list[str]:
 def seeds_table(results: Sequence[Result]) -> list[str]:
     """A row for each defence: means over the seeds with their 95 % intervals (`compare.Estimate`), and all hits of all trials."""
     names = attacks(results)
-    shares = [m for m in ("zeroshot/top1", "probe/top1", "retrieval/r1") if any(m in r for r in results)]
+    shares = [m for m in SHARES if any(m in r for r in results)]
     head = ["defence", "seeds", *(SHARES[m] for m in shares), *(f"ASR {name}" for name in names), "poison", "training", "matching"]
     rows = []
-    for label in dict.fromkeys(map(defence, results)):
-        runs = [compare.Run(Path(), {"seed": r["seed"]}, r) for r in results if defence(r) == label]
+    for label, runs in by_defence(results).items():
         mean = lambda metric, runs=runs: compare.cell(compare.estimate(runs, metric), metric)
         row = [label, str(len(runs)), *map(mean, shares)]
         for name in names:
@@ -357,13 +356,20 @@ def seeds_table(results: Sequence[Result]) -> list[str]:
     return table(head, rows)
 
 
+def by_defence(results: Sequence[Result]) -> dict[str, list[compare.Run]]:
+    """The runs of each defence, in order of appearance, as `compare.estimate` takes them."""
+    found: dict[str, list[compare.Run]] = {}
+    for result in results:
+        found.setdefault(defence(result), []).append(compare.Run(Path(), {"seed": result["seed"]}, result))
+    return found
+
+
 def quality_table(results: Sequence[Result]) -> list[str]:
     """What the pool's nearest captions of the last round say, by cosine and by transport on the same features; means over the runs."""
     asked = {"poisoned": "poisoned pairs freed of the adversary's class", "clean": "clean pairs that keep their own class"}
     found = [(f"{what}, by {way}", f"match/quality/{way}/{kind}") for kind, what in asked.items() for way in ("cosine", "transport")]
     rows = []
-    for label in dict.fromkeys(defence(r) for r in results if any(key in r for _, key in found)):
-        runs = [compare.Run(Path(), {"seed": r["seed"]}, r) for r in results if defence(r) == label]
+    for label, runs in by_defence([r for r in results if any(key in r for _, key in found)]).items():
         rows.append([label, *(compare.cell(compare.estimate(runs, key), key) for _, key in found)])
     return ["**Nearest captions of the last round**", "", *table(["defence", *(name for name, _ in found)], rows), ""] if rows else []
 

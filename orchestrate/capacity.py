@@ -95,6 +95,11 @@ def pieces(c: Cluster, matching: bool, streaming: bool) -> list[tuple[float, flo
     return sorted([*found, *([(1.0, 0.0)] if streaming else [])], key=lambda piece: piece[::-1], reverse=True)
 
 
+def bundle(cpus: float, gpus: float) -> dict[str, float]:
+    """A piece as Ray is asked for it: without what it does not want."""
+    return {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+
+
 def _mend(cluster: Cluster, matching: bool, streaming: bool, kind: str, there: float) -> str:
     one = cluster.cpus if kind == "CPU" else cluster.gpus
     rest = demand(cluster, matching, streaming)[kind] - cluster.least * one

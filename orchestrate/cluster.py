@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrate import ROOT, capacity
-from orchestrate.capacity import pieces, placeable, plan, preflight
 from orchestrate.progress import Phase
 from orchestrate.recipe import Cluster
 
@@ -168,8 +167,8 @@ def parallel(
 @contextlib.contextmanager
 def reserved(bundle: Mapping[str, float], most: int, timeout_s: float) -> Iterator[Any]:
     """A placement group of up to `most` bundles for the length of the block: all of them where they find their places within `PATIENCE_S`,
-    else fewer; None for a bundle of nothing. TimeoutError where not even one finds a place within `timeout_s`."""
-    if not any(bundle.values()):
+    else fewer; None for an empty bundle. TimeoutError where not even one finds a place within `timeout_s`."""
+    if not bundle:
         yield None
         return
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -302,29 +301,35 @@ def ceiling() -> dict[str, float] | None:
     return dict.fromkeys(("CPU", "GPU"), math.inf) if KUBERNETES in os.environ else None
 
 
-def grow(c: Cluster, matching: bool, streaming: bool, has: dict[str, float]) -> dict[str, float]:
+def room(c: Cluster, matching: bool, streaming: bool, has: dict[str, float]) -> dict[str, float]:
+    """What the session has, once a plan (`prepared.needs`) fits it: a cluster that scales grows first. ValueError where it does not fit."""
+    has = _grown(c, matching, streaming, has)
+    capacity.preflight(c, matching, streaming, has)
+    return has
+
+
+def _grown(c: Cluster, matching: bool, streaming: bool, has: dict[str, float]) -> dict[str, float]:
     """What the session has once a cluster that scales has grown to the plan; at once where the plan has its place, or nothing scales.
 
     ValueError where the cluster may never become so large, or has not within `cluster.timeout_s`. The request is taken back when the nodes
     are there, so that a driver that dies leaves no machines running: the work itself keeps them.
     """
     most = ceiling() if c.address else None
-    if most is None or placeable(c, matching, streaming, node_resources()):
+    if most is None or capacity.placeable(c, matching, streaming, node_resources()):
         return has
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    preflight(c, matching, streaming, {kind: max(most[kind], has.get(kind, 0.0)) for kind in most}, "may grow to")
-    asked = pieces(c, matching, streaming)
-    request_resources(bundles=[{kind: amount for kind, amount in zip(("CPU", "GPU"), piece, strict=True) if amount} for piece in asked])
+    capacity.preflight(c, matching, streaming, {kind: max(most[kind], has.get(kind, 0.0)) for kind in most}, "may grow to")
+    request_resources(bundles=[capacity.bundle(*piece) for piece in capacity.pieces(c, matching, streaming)])
     until, nodes = time.monotonic() + c.timeout_s, len(node_resources())
     try:
         with Phase("nodes", unit="node") as phase:
-            while not placeable(c, matching, streaming, now := node_resources()):
+            while not capacity.placeable(c, matching, streaming, now := node_resources()):
                 if time.monotonic() > until:
                     raise ValueError(
-                        f"waited {c.timeout_s:g} s for the cluster to grow to {plan(c, matching, streaming)}: `ray status` on the head "
-                        "says why no node starts. Give it more time with cluster.timeout_s, or ask for less."
+                        f"waited {c.timeout_s:g} s for the cluster to grow to {capacity.plan(c, matching, streaming)}: `ray status` on the "
+                        "head says why no node starts. Give it more time with cluster.timeout_s, or ask for less."
                     )
                 time.sleep(1)
             phase.at(len(now), f"{len(now) - nodes} started")

@@ -28,7 +28,7 @@ import numpy as np
 import ray
 
 from defenses.base import Defense, Features, Matcher
-from orchestrate import cluster
+from orchestrate import capacity, cluster
 from orchestrate import recipe as recipes
 from orchestrate.pairing import Pool, assemble, choose, draw_pool, facts, learned, save, save_selection, selection_facts, settled
 from orchestrate.prepared import build_attack, build_defense, pixels_of
@@ -231,8 +231,7 @@ class Rounds:
             "gpus": c.match_gpus,
             "threads": max(1, (os.cpu_count() or 1) // c.match_actors),
         }
-        wanted = {"CPU": c.match_cpus, **({"GPU": c.match_gpus} if c.match_gpus else {})}
-        with cluster.reserved(wanted, c.match_actors, c.timeout_s) as group:
+        with cluster.reserved(capacity.bundle(c.match_cpus, c.match_gpus), c.match_actors, c.timeout_s) as group:
             data = cluster.quiet_data(in_order=True, group=group)
             found = data.from_items(items, override_num_blocks=len(items)).map_batches(
                 MatchActor,

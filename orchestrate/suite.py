@@ -41,8 +41,9 @@ def _at_once(members: Sequence[Recipe], has: dict[str, float]) -> int:
     """As many as the nodes hold completely."""
     plans = {prepared.needs(m) for m in members}
     for plan in plans:
-        capacity.preflight(*plan, has := cluster.grow(*plan, has))
-    return min(capacity.slots(*plan, cluster.node_resources()) for plan in plans)
+        has = cluster.room(*plan, has)
+    nodes = cluster.node_resources()
+    return min(capacity.slots(*plan, nodes) for plan in plans)
 
 
 def _together(members: Sequence[Recipe], at_once: int, force: bool) -> dict[str, str]:

@@ -157,7 +157,7 @@ class _Sweep:
         has = ray.cluster_resources()
         plans = {prepared.needs(trial.recipe) for trial in waiting}
         for plan in plans:
-            capacity.preflight(*plan, has := cluster.grow(*plan, has))
+            has = cluster.room(*plan, has)
         nodes = cluster.node_resources()
         counted = {plan: capacity.slots(*plan, nodes) for plan in plans}
         plan = min(counted, key=lambda plan: counted[plan])

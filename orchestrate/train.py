@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from attacks.base import Probes, how_many
-from orchestrate import capacity, cluster, journal, prepared, reading, rundir
+from orchestrate import cluster, journal, prepared, reading, rundir
 from orchestrate import recipe as recipes
 from orchestrate.data.index import open_dataset
 from orchestrate.data.pixels import Pixels
@@ -78,8 +78,7 @@ def _run(recipe: Recipe, folder: Path, tracker: Tracker) -> dict[str, Any]:
         dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
     with cluster.connected(recipe.cluster) as resources:
         streaming = prepared.streams(recipe, dataset)
-        needs = prepared.needs(recipe, streaming)
-        capacity.preflight(*needs, cluster.grow(*needs, resources))
+        cluster.room(*prepared.needs(recipe, streaming), resources)
         cluster.check_storage(Store.of(recipe), recipe.cluster)
         dataset, images = reading.read_images(recipe, dataset, streaming)
         ready = reading.planned(recipe, dataset, images)
