@@ -180,6 +180,14 @@ def blurring(sigma: Tensor, side: int, reach: int) -> Tensor:
     return (kernel @ _taps(side, reach, sigma.device)).reshape(-1, side, side)
 
 
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    """images (N, 3, S, S) float through a Gaussian of `sigma` px of a 224 px image, mirrored at the border; same shape."""
+    side = images.shape[3]
+    px = sigma * side / REFERENCE_SIDE
+    kernel = blurring(images.new_tensor([px]), side, math.ceil(BLUR_REACH * px))[0]
+    return kernel @ images @ kernel.T
+
+
 def colouring(factors: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Brightness, contrast, saturation, hue in turns, gray 0 or 1 as factors (5, N); mean colour of each image (N, 3)
     → matrix (N, 3, 3) and shift (N, 3, 1) that do all of it at once."""

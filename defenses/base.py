@@ -94,6 +94,8 @@ class Matcher(Protocol):
     @property
     def tokens(self) -> bool: ...  # whether `match` needs token features
     @property
+    def look(self) -> float: ...  # sigma, in px of a 224 px image, of the blur through which images are seen; 0: as they are
+    @property
     def move(self) -> float: ...  # share of all pairs that are re-paired, those whose own caption does worst; 1: all, without looking at it
 
     def match(self, images: Features, pool: Features, own: Features | None = None) -> Match: ...

@@ -101,6 +101,7 @@ class CosineMatcher:
     pool_size: int | float = 0.02
     matched: Literal["embedding", "caption"] = "embedding"
     tokens: bool = False
+    look: float = 0.0
     move: float = 1.0
     block: int = 4096
 

@@ -31,6 +31,7 @@ class TransportMatcher:
     pool_size: int | float = 0.02
     matched: Literal["embedding", "caption"] = "caption"
     tokens: bool = True
+    look: float = 0.0
     move: float = 1.0
     epsilon: float = 0.1
     weight: float = 0.5
@@ -127,7 +128,7 @@ class OTCCLIP(RoCLIP):
     def matcher(self, epoch: int) -> Matcher | None:
         if not self.robust(epoch):
             return None
-        return TransportMatcher(self.pool_size, self.matched, True, self.move, self.epsilon, self.weight, self.approximate)
+        return TransportMatcher(self.pool_size, self.matched, True, self.look, self.move, self.epsilon, self.weight, self.approximate)
 
     def loss(self, out: ClipOutput, base: LossFn) -> Tensor:
         total = base(out)

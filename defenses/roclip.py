@@ -30,6 +30,8 @@ class RoCLIP(Augmented):
             worst, by the share of the pool that is nearer to the image; the others keep theirs. Until it is learnt a poisoned caption
             ranks like any other of the pool, a clean one soon among the first, whatever the scale of the cosines; so give several
             times the poison rate you fear. Needs matched="caption".
+        look: sigma, in px of a 224 px image, of a blur through which matching looks at the images (paper 0: none). A trigger of fine
+            detail does not pass (ours): its image then ranks its caption as if it had none, however well the trigger has been learnt.
     Limits: right after a robust epoch image-text cosines can collapse and recover one epoch later, so compare methods
         at an epoch of the same kind. Third parties report that structured triggers (patches, stripes) keep an attack
         success of 75-82 %. Differs from the released code: its pool is a ring buffer in loader order that starts as
@@ -41,6 +43,7 @@ class RoCLIP(Augmented):
     matched: Literal["embedding", "caption"] = "embedding"
     warmup: int = 0
     move: float = 1.0
+    look: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +57,8 @@ class RoCLIP(Augmented):
             raise ValueError(f"move={self.move}: give the share of pairs to re-pair, above 0 and up to 1")
         if self.move < 1 and self.matched != "caption":
             raise ValueError(f'move={self.move}: needs matched="caption", as a caption that stays is encoded again')
+        if self.look < 0:
+            raise ValueError(f"look={self.look}: give the blur's sigma in px at 224 px, 0 for none")
         share = isinstance(self.pool_size, float)
         if not (0 < self.pool_size < 1 if share else self.pool_size >= 2):
             raise ValueError(f"pool_size={self.pool_size}: give a share above 0 and below 1, or a whole number from 2")
@@ -64,4 +69,4 @@ class RoCLIP(Augmented):
     def matcher(self, epoch: int) -> Matcher | None:
         if not self.robust(epoch):
             return None
-        return CosineMatcher(self.pool_size, self.matched, move=self.move)
+        return CosineMatcher(self.pool_size, self.matched, look=self.look, move=self.move)

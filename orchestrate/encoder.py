@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from defenses.augment import blurred
 from defenses.base import Features
 from models import clip, encode
 
@@ -44,11 +45,11 @@ class Encoder:
         """n ≥ 1 captions → (n, d)."""
         return self.text_features(captions).pooled
 
-    def image_features(self, pixels: NDArray[np.uint8], tokens: bool = False) -> Features:
-        """uint8 (n, S, S, 3), n ≥ 1 → pooled (n, d) and, where asked for, tokens (n, P, d)."""
+    def image_features(self, pixels: NDArray[np.uint8], tokens: bool = False, blur: float = 0.0) -> Features:
+        """uint8 (n, S, S, 3), n ≥ 1 → pooled (n, d) and, where asked for, tokens (n, P, d). blur: as in `augment.blurred`; 0 = none."""
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
             raise ValueError(f"Images must be uint8 (n, S, S, 3); these are {pixels.dtype} {pixels.shape}.")
-        return self._run(lambda part: encode.encode_image(self.model, self._pixels(part), tokens), pixels)
+        return self._run(lambda part: encode.encode_image(self.model, self._pixels(part, blur), tokens), pixels)
 
     def text_features(self, captions: Sequence[str], tokens: bool = False) -> Features:
         """n ≥ 1 captions → pooled (n, d) and, where asked for, tokens (n, L, d) with their mask. Equal captions are encoded once."""
@@ -69,10 +70,11 @@ class Encoder:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _pixels(self, pixels: NDArray[np.uint8]) -> Tensor:
+    def _pixels(self, pixels: NDArray[np.uint8], blur: float = 0.0) -> Tensor:
         # Pixels in an Arrow or memory-mapped buffer are read-only, which torch warns about: only then a copy.
         x = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(self._device)
         x = x.permute(0, 3, 1, 2).float().div_(255)  # (n, 3, S, S), channels_last in memory as it was
+        x = blurred(x, blur) if blur else x
         return clip.normalise(clip.resize(x, clip.size(self.cfg)), *clip.image_stats(self.cfg)).contiguous(
             memory_format=torch.channels_last
         )

@@ -101,7 +101,7 @@ class MatchActor:
 
     def _match(self, matcher: Matcher, epoch: int, start: int, stop: int) -> dict[str, np.ndarray]:
         self.pool = self.pool or self._encoded_pool(epoch)
-        images = self.encoder.image_features(self.pixels.take(np.arange(start, stop)), matcher.tokens)
+        images = self.encoder.image_features(self.pixels.take(np.arange(start, stop)), matcher.tokens, matcher.look)
         own = self.encoder.text_features(self.own[start:stop], matcher.tokens) if matcher.move < 1 else None
         return choose(matcher, images, self.pool, own)
 

@@ -118,9 +118,10 @@ ATTACK = "both"
 # What small sets need instead of the paper's settings, measured on the scenes (docs/results.md). Views: at 64 px the paper's crops from
 # 8 % of the area, colour shifts, blur and word edits leave too little to learn in hundreds of steps. RoCLIP: the paper replaces every
 # caption in every second epoch; with thousands of pairs instead of a million that costs accuracy and still lets the plain epochs teach
-# the poison. When every epoch re-pairs only those whose own caption ranks worst, most clean captions stay and few poisoned ones do.
+# the poison. When every epoch re-pairs only those whose own caption ranks worst, most clean captions stay and few poisoned ones do; and
+# where the trigger is learnt sooner than the classes are, it is a blurred copy whose ranks tell poisoned pairs from clean ones.
 VIEWS: Layer = {"defense.crop": 0.4, "defense.jitter": 0.4, "defense.gray": 0.1, "defense.blur": 0.0, "defense.eda": 0.0}
-MOVE: Layer = {"defense.every": 1, "defense.warmup": 4, "defense.matched": "caption", "defense.move": 0.12}
+MOVE: Layer = {"defense.every": 1, "defense.warmup": 4, "defense.matched": "caption", "defense.move": 0.06, "defense.look": 6.0}
 # Repair: thousands of pairs instead of a million make hundreds of steps, which need a larger rate to move the model at all.
 REPAIR: Layer = {"defense.clean": 0.25, "defense.lr": 1e-3}
 # SafeCLIP: an epoch of a few dozen steps at a hundredth of the rate leaves no agreement to select by. Of 3,000 scenes with 140 poisoned

@@ -64,13 +64,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {},
         {"every": 1, "pool_size": 8, "matched": "caption"},
         {"every": 3, "warmup": 4, "pool_size": 0.5},
-        {"every": 1, "matched": "caption", "move": 0.2},
+        {"every": 1, "matched": "caption", "move": 0.2, "look": 6.0},
     ],
     "otcclip": [
         {},
         {"every": 1, "pool_size": 8, "epsilon": 0.0, "weight": 0.0, "negatives": 0, "beta": 0.0, "align": "always"},
         {"every": 3, "matched": "embedding", "alpha": 0.0, "beta": 0.0, "approximate": 4},
-        {"every": 1, "move": 0.3},
+        {"every": 1, "move": 0.3, "look": 2.0},
     ],
     "safeclip": [{}, {"warmup": 1, "bridge": 2, "slow": 0.1, "pool_size": 8, "posterior": 0.5, "least": 0.1, "growth": 0.05, "most": 0.5}],
     "hint": [{}, {"where": "features", "steps": 2, "step": 0.5, "feature_bound": 0.1, "share": 1.0, "damping": 0.0, "penalty": 0.1}],
@@ -307,7 +307,8 @@ def test_a_matcher_says_what_the_actors_must_know_and_matches(defense, epoch):
     if matcher is None:
         return
     assert dataclasses.is_dataclass(matcher) and matcher.__dataclass_params__.frozen
-    assert matcher.matched in ("embedding", "caption") and isinstance(matcher.tokens, bool) and 0 < matcher.move <= 1
+    assert matcher.matched in ("embedding", "caption") and isinstance(matcher.tokens, bool)
+    assert 0 < matcher.move <= 1 and matcher.look >= 0
     assert not (matcher.move < 1 and matcher.matched == "embedding")  # a caption that stays has no feature in the pool
     assert 0 < matcher.pool_size < 1 if isinstance(matcher.pool_size, float) else matcher.pool_size >= 2
     images, pool = features(17, epoch, matcher.tokens), features(6, 100 + epoch, matcher.tokens)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from defenses import augment
-from defenses.augment import ImageAugment, blurring, colouring, crops, resampling, uniforms
+from defenses.augment import ImageAugment, blurred, blurring, colouring, crops, resampling, uniforms
 
 NOTHING = {"flip": 0.0, "crop": (1.0, 1.0), "jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0}
 
@@ -184,6 +184,13 @@ def test_blur_is_a_mirrored_gaussian_convolution(sigma):
             expected += a * b * padded[reach + dy : reach + dy + side, reach + dx : reach + dx + side]
     blur = blurring(torch.tensor([sigma]), side, reach)[0].numpy()
     np.testing.assert_allclose(blur @ image @ blur.T, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_a_blurred_copy_is_the_view_of_that_sigma_alone(side):
+    images = make_images(3, side)
+    view = ImageAugment(**NOTHING | {"blur_p": 1.0, "blur": (6.0, 6.0)}).apply(images, make_keys(3))
+    torch.testing.assert_close(blurred(images, 6.0), view, atol=1e-5, rtol=0)
 
 
 def test_blur_scales_with_the_side():

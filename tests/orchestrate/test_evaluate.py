@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attacks.base import PROBE_SCHEMA, Probes
+from defenses.augment import blurred
 from models import clip, encode
 from orchestrate import evaluate as ev
 from orchestrate import ranking
@@ -343,6 +344,17 @@ def test_encoder_agrees_with_the_model(real: tuple[Any, dict[str, Any]]) -> None
     assert torch.allclose(encoder.texts(["a cat", "a long red dog", "a cat"]), texts, atol=1e-5)
     coarse = ev.Encoder(model, cfg, "cpu", precision="bf16").images(pixels)
     assert coarse.dtype == torch.float32 and F.cosine_similarity(coarse, found).min() > 0.98
+
+
+def test_looking_through_a_blur_is_looking_at_the_blurred_image(real: tuple[Any, dict[str, Any]]) -> None:
+    model, cfg = real
+    side = cfg["vision_cfg"]["image_size"]
+    pixels = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    soft = blurred(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, 6.0).permute(0, 2, 3, 1).mul(255).round().byte().numpy()
+    assert soft.std() < 0.3 * pixels.std()  # what is as fine as a pixel is gone
+    encoder = ev.Encoder(model, cfg)
+    direct, through = encoder.images(soft), encoder.image_features(pixels, blur=6.0).pooled
+    torch.testing.assert_close(through, direct, atol=2e-3, rtol=0)
 
 
 def test_stored_size_does_not_matter(real: tuple[Any, dict[str, Any]]) -> None:
