@@ -42,9 +42,9 @@ def distance(x: Tensor, y: Tensor, mask: Tensor, epsilon: float = 0.1) -> Tensor
 
 
 def test_it_is_roclip_with_another_matcher_and_tokens():
-    defense = OTCCLIP(every=3, pool_size=64, warmup=3, weight=0.25, epsilon=0.0, approximate=9)
+    defense = OTCCLIP(every=3, pool_size=64, warmup=3, weight=0.25, epsilon=0.0, approximate=9, look=2.0)
     assert [epoch for epoch in range(1, 10) if defense.matcher(epoch)] == [6, 9]
-    assert defense.matcher(6) == TransportMatcher(64, "caption", True, 1.0, 0.0, 0.25, 9)
+    assert defense.matcher(6) == TransportMatcher(64, "caption", True, 2.0, 1.0, 0.0, 0.25, 9)
     assert OTCCLIP.needs_tokens and defense.views == RoCLIP().views
     assert OTCCLIP(every=1, move=0.1).matcher(1) == TransportMatcher(move=0.1)
 
