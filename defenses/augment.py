@@ -79,9 +79,10 @@ class ImageAugment:
             raise ValueError(f"blur={self.blur}: give two sigmas in px at 224 px, 0 <= low <= high")
 
     @torch.no_grad()
-    def apply(self, images: Tensor, keys: np.ndarray, out_side: int | None = None) -> Tensor:
+    def apply(self, images: Tensor, keys: np.ndarray, out_side: int | None = None, within: np.ndarray | None = None) -> Tensor:
         """images (N, 3, S, S) float in [0, 1], keys (N,) → (N, 3, S', S') float32, S' = out_side or S.
 
+        within (N, 4): left, top, width, height of the part of each image, of side 1, that is cropped from as if it were all there is.
         Call it outside autocast: half-precision products would round the pixels to eight bits or fewer.
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
@@ -89,9 +90,18 @@ class ImageAugment:
         if len(keys) != len(images):
             raise ValueError(f"{len(keys)} keys for {len(images)} images: give one key an image")
         size = CHUNK if images.device.type == "cpu" else DEVICE_CHUNK
-        draws = torch.from_numpy(self._draw(keys)).to(images.device)
+        drawn = self._draw(keys)
+        if within is not None:
+            drawn[:, :4] = drawn[:, :4] * np.tile(within[:, 2:], 2) + np.pad(within[:, :2], ((0, 0), (0, 2)))
+        draws = torch.from_numpy(drawn).to(images.device)
         chunks = [slice(low, low + size) for low in range(0, max(len(images), 1), size)]
         return torch.cat([self._view(images[c], draws[c], out_side or images.shape[3]) for c in chunks])
+
+    def around(self, keys: np.ndarray, margin: float) -> np.ndarray:
+        """(N, 4) for `within`: the crops that these keys draw, larger by `margin` of their sides in all, as far as the image reaches."""
+        box = self._draw(keys)[:, :4]
+        low = np.maximum(box[:, :2] - margin / 2 * box[:, 2:], 0)
+        return np.hstack([low, np.minimum(box[:, :2] + (1 + margin / 2) * box[:, 2:], 1) - low])
 
     def _draw(self, keys: np.ndarray) -> np.ndarray:
         """(N, 11) float32: left, top, width, height, flip, b, c, s, hue, gray, sigma, applied to images of side 1.

@@ -23,6 +23,9 @@ class Augmented(Defense):
     Parameters:
         image_augment, text_augment: on or off (paper: both on, in every epoch).
         crop: smallest crop, as a share of the area (paper .08; 1 = the whole image).
+        local: where a method takes two views, the second is cropped inside the first one's crop, its sides larger by this share: localized
+            cropping, CorruptEncoder's countermeasure (Zhang et al., CVPR 2024: .2), so that no two views hold an object in one and a
+            trigger elsewhere in the other; negative (the default): anywhere.
         flip: probability of a mirror image (paper .5).
         jitter: times the paper's colour strengths (.5, .5, .5, hue .1), applied to 80 % of the images (paper 1; 0 = off).
         gray: probability of greyscale (paper .2).
@@ -36,6 +39,7 @@ class Augmented(Defense):
     image_augment: bool = True
     text_augment: bool = True
     crop: float = 0.08
+    local: float = -1.0
     flip: float = 0.5
     jitter: float = 1.0
     gray: float = 0.2
@@ -49,6 +53,10 @@ class Augmented(Defense):
                 raise ValueError(f"{name}={getattr(self, name)}: give a share between 0 (off) and 1")
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop={self.crop}: give the smallest share of the area, above 0 and up to 1")
+        if self.local >= 0 and self.view_count < 2:
+            raise ValueError(
+                f"local={self.local}: localizes a second view; this method takes one (safeclip, and otcclip with beta, take two)"
+            )
         if not 0 <= self.jitter <= 2:
             raise ValueError(f"jitter={self.jitter}: give a multiple of the paper's strengths, 0 (off) to 2")
         if self.blur < 0:
@@ -56,7 +64,8 @@ class Augmented(Defense):
 
     def augment(self, batch: Batch) -> Batch:
         if self.image_augment:
-            batch = replace(batch, images=self.views.apply(batch.images, batch.keys))
+            within = self.views.around(batch.first, self.local) if batch.first is not None and self.local >= 0 else None
+            batch = replace(batch, images=self.views.apply(batch.images, batch.keys, within=within))
         if self.text_augment and self.eda:
             captions = augment_captions(batch.captions, batch.keys, self.eda, self.synonyms)
             batch = replace(batch, captions=captions)

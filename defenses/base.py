@@ -53,6 +53,7 @@ class Batch:
     captions: list[str]  # N
     keys: np.ndarray  # (N,) uint64: a random key for each sample of this epoch, the same whatever the number of workers
     view: int = 0  # 0, or 1 for the second view of a defence whose `view_count` is 2
+    first: np.ndarray | None = None  # (N,) uint64: for the second view, the keys of the first
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class Learner:
         pixels = torch.from_numpy(examples.images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last already
         pixels = pixels.float().div_(255)
         keys = [examples.keys, mix(examples.keys)][: self.defense.view_count]
-        views = [self.defense.augment(Batch(pixels, examples.captions, k, view)) for view, k in enumerate(keys)]
+        views = [self.defense.augment(Batch(pixels, examples.captions, k, view, keys[0] if view else None)) for view, k in enumerate(keys)]
         images = _join([clip.resize(view.images, clip.size(self.cfg)) for view in views])
         assert images is not None
         images = clip.normalise(images, self.mean, self.std)

@@ -69,10 +69,14 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "otcclip": [
         {},
         {"every": 1, "pool_size": 8, "epsilon": 0.0, "weight": 0.0, "negatives": 0, "beta": 0.0, "align": "always"},
+        {"local": 0.2},
         {"every": 3, "matched": "embedding", "alpha": 0.0, "beta": 0.0, "approximate": 4},
         {"every": 1, "move": 0.3, "look": 2.0},
     ],
-    "safeclip": [{}, {"warmup": 1, "bridge": 2, "slow": 0.1, "pool_size": 8, "posterior": 0.5, "least": 0.1, "growth": 0.05, "most": 0.5}],
+    "safeclip": [
+        {},
+        {"local": 0.2, "warmup": 1, "bridge": 2, "slow": 0.1, "pool_size": 8, "posterior": 0.5, "least": 0.1, "growth": 0.05, "most": 0.5},
+    ],
     "hint": [{}, {"where": "features", "steps": 2, "step": 0.5, "feature_bound": 0.1, "share": 1.0, "damping": 0.0, "penalty": 0.1}],
     "cleanclip": [{}, {"clean": 20, "epochs": 2, "batch": 4, "lr": 1e-3, "warmup": 0, "cross": 0.5, "inner": 2.0}],
 }

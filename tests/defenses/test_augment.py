@@ -193,6 +193,26 @@ def test_a_blurred_copy_is_the_view_of_that_sigma_alone(side):
     torch.testing.assert_close(blurred(images, 6.0), view, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_a_localized_view_shows_nothing_outside_the_first_ones_crop_and_its_margin(margin):
+    side, keys, others = 64, make_keys(40), make_keys(80)[40:]
+    views = ImageAugment(**NOTHING | {"crop": (0.1, 0.5)})
+    box, first = views.around(keys, margin), views.around(keys, 0.0)
+    np.testing.assert_allclose(first, views._draw(keys)[:, :4], atol=1e-6)
+    assert (box[:, :2] >= 0).all() and (box[:, :2] + box[:, 2:] <= 1 + 1e-6).all()
+    assert (box[:, 2:] <= (1 + margin) * first[:, 2:] + 1e-6).all() and (box[:, 2:] >= first[:, 2:] - 1e-6).all()
+    if margin:
+        assert (box[:, 2:] > 1.19 * first[:, 2:]).any()  # where the image reaches far enough
+    x = np.broadcast_to((np.arange(side) + 0.5) / side, (40, side, side))
+    where = torch.from_numpy(np.stack([x, x.swapaxes(1, 2), x], 1).astype(np.float32))  # each pixel's own place
+    seen = views.apply(where, others, within=box)
+    edge = 0.5 / side + 1e-4
+    for axis in (0, 1):
+        assert (seen[:, axis].amin((1, 2)).numpy() >= np.maximum(box[:, axis], edge) - edge).all()
+        assert (seen[:, axis].amax((1, 2)).numpy() <= box[:, axis] + box[:, axis + 2] + edge).all()
+    assert not torch.equal(seen, views.apply(where, keys)) and not torch.equal(seen, views.apply(where, others))
+
+
 def test_blur_scales_with_the_side():
     views = ImageAugment(**NOTHING | {"blur_p": 1.0, "blur": (2.0, 2.0)})
     point = torch.zeros(1, 3, 56, 56)

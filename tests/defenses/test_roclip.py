@@ -102,3 +102,8 @@ def test_the_loss_is_clips():
 def test_a_bad_field_is_named_with_its_mend(field, value):
     with pytest.raises(ValueError, match=rf"{field}=.*: give "):
         RoCLIP(**{field: value})
+
+
+def test_a_localized_second_view_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="local"):
+        RoCLIP(local=0.2)
