@@ -285,6 +285,23 @@ def test_matching_quality_of_the_first_and_last_round(page: tuple[str, Page], tm
     assert "Matching quality" not in page[1].text
 
 
+def test_safe_pairs_and_a_repair_are_shown(page: tuple[str, Page], tmp_path: Path) -> None:
+    safe, repaired = leave(tmp_path / "safeclip", "safeclip", (1, 12), 0.7), leave(tmp_path / "cleanclip", "cleanclip", (3, 40), 0.6)
+    split = {"kind": "select", "epoch": 7, "pairs": 4680, "poisoned": 680, "safe": 1170, "share": 0.25, "poison_in_safe": 0.031}
+    with (safe / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(split | {"poisoned_safe": 0.053, "cosine/clean": 0.512, "cosine/poisoned": 0.208}) + "\n")
+    with (repaired / "metrics.jsonl").open("a") as file:
+        for epoch, hits in ((16, 180), (20, 40)):
+            if epoch > 16:
+                file.write(json.dumps({"kind": "train", "epoch": epoch, "loss": 1.0, "robust": False, "repair": True}) + "\n")
+            found = {"asr/stripes": hits / 200, "asr/stripes/hits": hits, "asr/stripes/total": 200, "zeroshot/top1": 0.9 - epoch / 100}
+            file.write(json.dumps({"kind": "eval", "epoch": epoch, **found}) + "\n")
+    text = Page(report.write_report([safe, repaired], tmp_path / "page.html").read_text()).text
+    assert "7 4,680 1,170 25.0 % 3.1 % 680 5.3 % 0.51 0.21" in text
+    assert "before the repair (epoch 16) 74.0 % – 90.0 % 180/200" in text and "after it (epoch 20) 70.0 % – 20.0 % 40/200" in text
+    assert "Safe pairs" not in page[1].text and "before the repair" not in page[1].text
+
+
 def test_doubts_are_raised(runs: list[Path], page: tuple[str, Page], tmp_path: Path) -> None:
     assert "RoCLIP: measured right after a robust epoch" in page[1].text
     assert "targeted: Augmentation only may be no better than no defence" in page[1].text
