@@ -2,6 +2,7 @@
 
     kdist, slof, dao   local outliers of image embeddings inside a batch (Huang et al., ICLR 2025)
     clip               1 − cosine of image and caption
+    rank               share of a pool's captions that fit the image better than its own, seen sharp or blurred, whichever is worse
     transport          distance of the pair, less that of the image's nearest caption in a pool, as OTCCLIP matches
     conflict, repeats  near-duplicate images whose captions disagree, captions that many pairs share (`defenses.duplicates`)
     moved              share of a run's matching rounds that gave the pair another caption
@@ -22,10 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from defenses.base import Features
+from defenses.matching import share_nearer
 from defenses.otcclip import OTCCLIP
 from defenses.token_pool import TokenPool
 from defenses.transport_matching import transport_nearest, transport_pairs
 
+LOOK = 6.0  # sigma, in px of a 224 px image, of the second look at each image (ours): as `defense.look` of the recipes
 K = 16  # neighbours, as in Huang et al.'s released code
 BATCH = 512  # pairs that are each other's neighbours (ours): poison below k/BATCH = 3 % of the set does not fill its own neighbourhoods
 FLOOR = 1e-6  # distances below it count as this: of equal images no ratio would be defined
@@ -33,7 +36,7 @@ FLOOR = 1e-6  # distances below it count as this: of equal images no ratio would
 # Scores of one family see the same thing, so they share one vote.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "outlier": ("kdist", "slof", "dao"),
-    "pair": ("clip", "transport"),
+    "pair": ("clip", "rank", "transport"),
     "conflict": ("conflict",),
     "repeats": ("repeats",),
     "moved": ("moved",),
@@ -88,6 +91,15 @@ def outliers(x: Tensor, k: int = K) -> dict[str, Tensor]:
 def mismatch(images: Tensor, captions: Tensor) -> Tensor:
     """1 − cosine (N,) of images (N, d) and their captions (N, d)."""
     return 1 - (F.normalize(images.float(), dim=1) * F.normalize(captions.float(), dim=1)).sum(1)
+
+
+@torch.no_grad()
+def rank(looks: Sequence[Tensor], captions: Tensor, pool: Tensor) -> Tensor:
+    """Share of the pool (M, d) nearer to the image than its own caption (N, d): the largest over `looks`, each (N, d). (N,).
+
+    As RoCLIP's `move` ranks pairs (ours): what looks alike in one look only, as a trigger of fine detail does, is not believed.
+    """
+    return torch.stack([share_nearer(images, pool, 1 - mismatch(images, captions)) for images in looks]).amax(0)
 
 
 def transport_excess(images: Features, captions: Features, pool: TokenPool, defense: OTCCLIP | None = None) -> Tensor:

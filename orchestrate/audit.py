@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from attacks.base import ranks
 from defenses import duplicates
-from defenses.detect import BATCH, K
+from defenses.detect import BATCH, SCORES, K
 from orchestrate import audit_cause, audit_clean, audit_model, audit_page, audit_scores, cluster, journal, prepared
 from orchestrate.audit_cause import Trigger, Word
 from orchestrate.data.index import Dataset, fingerprint, open_dataset
@@ -180,6 +180,7 @@ def _plan(found: Audit, weights: dict[str, np.ndarray]) -> dict[str, Any]:
         "ids": ids,
         "weights": digest.hexdigest(),
         "batch": found.options.batch,
+        "scores": list(SCORES),
         "stream": found.images is None,
     }
     return named | {"data": found.facts["fingerprint"], "attack": found.recipe.as_dict()["attack"], "seed": found.recipe.seed}
@@ -200,7 +201,7 @@ def _table(found: Audit) -> None:
     captions = table["caption"].to_pylist()
     with Phase("rank"):
         found.columns["group"] = duplicates.groups(columns.pop("signs"), columns.pop("thumbs"))
-        scores: dict[str, Any] = {name: columns[name] for name in ("kdist", "slof", "dao", "clip", "transport") if name in columns}
+        scores: dict[str, Any] = {name: columns[name] for name in SCORES if name in columns}
         scores |= {"conflict": duplicates.conflict(columns["group"], captions), "repeats": duplicates.repeats(captions)}
         if found.options.rounds:
             scores["moved"] = audit_scores.moved(Path(found.options.rounds), table["id"], captions)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from defenses import detect, duplicates
-from orchestrate import cluster
+from orchestrate import capacity, cluster
 from orchestrate import recipe as recipes
 from orchestrate.data.pixels import Pixels
 from orchestrate.match import pack, unpack
@@ -106,6 +106,8 @@ class ScoreActor:
         images = self.encoder.image_features(pixels, self.tokens)
         captions = self.encoder.text_features(self.captions.take(pa.array(rows)).to_pylist(), self.tokens)
         scores = detect.outliers(images.pooled) | {"clip": detect.mismatch(images.pooled, captions.pooled)}
+        soft = self.encoder.image_features(pixels, blur=detect.LOOK)
+        scores["rank"] = detect.rank((images.pooled, soft.pooled), captions.pooled, self.pool.pooled)
         if self.token_pool is not None:
             scores["transport"] = detect.transport_excess(images, captions, self.token_pool)
         nearest = (images.pooled @ self.pool.pooled.T).topk(min(NEAREST, len(self.pool.pooled)), dim=1).indices
@@ -119,7 +121,7 @@ def run(work: Work, folder: Path, items: list[dict[str, Any]]) -> Iterator[int]:
     yield done
     if not todo:
         return
-    c, data = work.recipe.cluster, cluster.quiet_data()
+    c = work.recipe.cluster
     images, place = work.images if work.images else (cluster.put(None), None)
     refs: dict[str, Any] = {name: cluster.put(x) for name, x in (("table", work.table), ("order", work.order), ("place", place))}
     refs |= {"images": images, "weights": cluster.put(work.weights), "pool": cluster.put(work.pool)}
@@ -131,20 +133,23 @@ def run(work: Work, folder: Path, items: list[dict[str, Any]]) -> Iterator[int]:
         "threads": c.threads or max(1, (os.cpu_count() or 1) // c.match_actors),
     }
     desk = cluster.desk(refs)
-    found = data.from_arrow([pa.Table.from_pylist([item]) for item in todo]).map_batches(
-        ScoreActor,
-        fn_constructor_args=(desk, spec),
-        batch_size=None,
-        batch_format="numpy",
-        compute=data.ActorPoolStrategy(size=min(c.match_actors, len(todo))),
-        num_cpus=c.match_cpus,
-        num_gpus=c.match_gpus or None,
-    )
-    for batch in found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
-        for number, payload in zip(batch["part"], batch["payload"], strict=True):
-            arrays = unpack(payload)
-            _write(folder, int(number), arrays)
-            yield (done := done + len(arrays["row"]))
+    # As in `match.Rounds`: actors in a group of their own, items without tasks, so that no share of a CPU is waited for.
+    with cluster.reserved(capacity.bundle(c.match_cpus, c.match_gpus), min(c.match_actors, len(todo)), c.timeout_s) as group:
+        data = cluster.quiet_data(group=group)
+        found = data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            ScoreActor,
+            fn_constructor_args=(desk, spec),
+            batch_size=None,
+            batch_format="numpy",
+            compute=data.ActorPoolStrategy(size=group.bundle_count if group else min(c.match_actors, len(todo))),
+            num_cpus=c.match_cpus,
+            num_gpus=c.match_gpus or None,
+        )
+        for batch in found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+            for number, payload in zip(batch["part"], batch["payload"], strict=True):
+                arrays = unpack(payload)
+                _write(folder, int(number), arrays)
+                yield (done := done + len(arrays["row"]))
 
 
 def local_pixels(recipe: Recipe, table: pa.Table, images: tuple[Any, np.ndarray] | None) -> Pixels:

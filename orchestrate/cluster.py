@@ -167,20 +167,21 @@ def parallel(
 @contextlib.contextmanager
 def reserved(bundle: Mapping[str, float], most: int, timeout_s: float) -> Iterator[Any]:
     """A placement group of up to `most` bundles for the length of the block: all of them where they find their places within `PATIENCE_S`,
-    else fewer; None for an empty bundle. TimeoutError where not even one finds a place within `timeout_s`."""
+    else half as many, and so on; None for an empty bundle. TimeoutError where not even one finds a place within `timeout_s`."""
     if not bundle:
         yield None
         return
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    for count in range(most, 0, -1):
-        group = placement_group([dict(bundle)] * count, strategy="SPREAD" if most > 1 else "PACK")
-        if group.wait(timeout_s if count == 1 else PATIENCE_S):
-            break
+    count = most
+    while not (group := placement_group([dict(bundle)] * count, strategy="SPREAD" if most > 1 else "PACK")).wait(
+        timeout_s if count == 1 else PATIENCE_S
+    ):
         remove_placement_group(group)
-    else:
-        wanted = " + ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
-        raise TimeoutError(f"waited {timeout_s:g} s (cluster.timeout_s) for a node with {wanted} free.")
+        if count == 1:
+            wanted = " + ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+            raise TimeoutError(f"waited {timeout_s:g} s (cluster.timeout_s) for a node with {wanted} free.")
+        count //= 2
     try:
         yield group
     finally:
@@ -197,11 +198,12 @@ def quiet_data(*, in_order: bool = False, group: Any = None) -> Any:
     import ray.data
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    context = ray.data.DataContext.get_current()
-    if group is not None:
-        with warnings.catch_warnings():  # to be removed in 2027, in a later Ray than ours
-            warnings.simplefilter("ignore", DeprecationWarning)
-            context.scheduling_strategy = context.scheduling_strategy_large_args = PlacementGroupSchedulingStrategy(group)
+    context, fresh = ray.data.DataContext.get_current(), ray.data.DataContext()
+    with warnings.catch_warnings():  # to be removed in 2027, in a later Ray than ours
+        warnings.simplefilter("ignore", DeprecationWarning)
+        where = PlacementGroupSchedulingStrategy(group) if group is not None else None  # a group of an earlier execution is gone
+        context.scheduling_strategy = where or fresh.scheduling_strategy
+        context.scheduling_strategy_large_args = where or fresh.scheduling_strategy_large_args
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = in_order
     for name in ("ray.data", "ray.data._internal.execution", "ray.data._internal.progress"):

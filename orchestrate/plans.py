@@ -80,7 +80,7 @@ def plans(pairs: Sequence[Mapping[str, Any]], epsilon: float, encoder: Encoder) 
     twice = Features(*(None if x is None else x.repeat_interleave(2, 0) for x in images))  # type: ignore[arg-type]
     distance, plan = token_plans(twice, texts, epsilon)
     assert texts.mask is not None
-    rows, columns = grid(plan.shape[1], encoder.cfg["vision_cfg"]["image_size"])
+    rows, columns = grid(plan.shape[1], clip.size(encoder.cfg))
     out = []
     for k, (caption, which) in enumerate(zip(captions, kinds, strict=True)):
         words, by_word = word_plan(encoder.cfg, caption, plan[k][:, texts.mask[k]])
@@ -106,9 +106,9 @@ def word_plan(cfg: Mapping[str, Any], caption: str, plan: Tensor) -> tuple[list[
     return words, plan.new_zeros(len(words), len(plan)).index_add_(0, torch.tensor(owner), plan.T)
 
 
-def grid(patches: int, image_size: int | Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the patches, which lie row by row and are square: as many a side for a square image."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+def grid(patches: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the patches of an image of this height and width; they lie row by row and are square."""
+    height, width = image_size
     rows = round(math.sqrt(patches * height / width))
     assert patches % rows == 0
     return rows, patches // rows

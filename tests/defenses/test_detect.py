@@ -104,6 +104,15 @@ def test_scores_of_one_family_share_one_vote():
     assert sum(apart.values()).tolist() == pytest.approx([2 * x for x in wanted])
 
 
+def test_a_caption_ranks_as_in_the_look_that_it_fits_worst():
+    pool = torch.eye(3)
+    captions = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    sharp = torch.tensor([[0.9, 0.3, 0.1], [0.9, 0.3, 0.1]])  # both fit their caption best
+    soft = torch.tensor([[0.8, 0.3, 0.1], [0.2, 0.9, 0.5]])  # without its trigger the second fits two others better
+    assert detect.rank((sharp, soft), captions, pool).tolist() == pytest.approx([0, 2 / 3])
+    assert detect.rank((sharp,), captions, pool).tolist() == [0, 0]
+
+
 def test_a_score_that_all_pairs_share_adds_nothing():
     added = detect.combine({"conflict": np.zeros(5), "clip": np.arange(5.0)})
     assert not added["conflict"].any() and added["clip"].argmax() == 4

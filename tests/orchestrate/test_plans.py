@@ -56,8 +56,8 @@ def test_words_send_their_mass_and_patches_get_even_shares(encoder, epsilon):
 
 
 def test_patches_lie_on_a_grid():
-    assert plans.grid(49, 224) == (7, 7)
-    assert plans.grid(4, 64) == (2, 2)
+    assert plans.grid(49, (224, 224)) == (7, 7)
+    assert plans.grid(4, (64, 64)) == (2, 2)
     assert plans.grid(32, (64, 128)) == (4, 8)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from defenses.detect import SCORES
+
 from .conftest import Antidote
 
 pytestmark = pytest.mark.ray
@@ -43,7 +45,7 @@ def test_an_audit_that_is_killed_goes_on_where_it_was(antidote: Antidote) -> Non
     scores = pq.read_table(out / "scores.parquet")
     rank = scores["rank"].to_numpy()
     assert sorted(rank) == list(range(1, 333))
-    assert all(np.isfinite(scores[name].to_numpy()).all() for name in ("kdist", "slof", "dao", "clip", "transport", "conflict", "repeats"))
+    assert all(np.isfinite(scores[name].to_numpy()).all() for name in SCORES if name != "moved")
     kept = pq.read_table(out / "kept.parquet")["id"].to_pylist()
     assert set(kept) == {i for i, r in zip(scores["id"].to_pylist(), rank, strict=True) if r > 20}
     poison = [i.startswith("poison-") for i in scores["id"].to_pylist()]
