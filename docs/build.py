@@ -3,6 +3,7 @@
     python docs/build.py                        write what is stale
     python docs/build.py --check                write nothing; exit code 1 and the files' names where something is stale
     python docs/build.py --collect demo RUN…    make docs/results/demo.json from finished runs, then write
+    python docs/build.py --sweep pool RUN… --by defense.pool_size,…    make docs/sweeps/pool.json from runs or sweeps, then write
     python docs/build.py --audits scenes OUT…   make docs/audits/scenes.json from the folders of audits, then write
 
 A file of results is {"title", "command", "note", "results": [result.json, …]}; without the runs' directories and without folders of
@@ -31,7 +32,7 @@ from orchestrate.recipe import SECTIONS  # noqa: E402
 from orchestrate.report_text import Result, attacks, defence, doubts, duration, headline, markdown_table, poison  # noqa: E402
 
 DOCS = ROOT / "docs"
-RESULTS, AUDITS, METHODS, PICTURE = DOCS / "results", DOCS / "audits", DOCS / "methods", DOCS / "demo.png"
+RESULTS, SWEEPS, AUDITS, METHODS, PICTURE = DOCS / "results", DOCS / "sweeps", DOCS / "audits", DOCS / "methods", DOCS / "demo.png"
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LABELS = ("Paper", "Source", "Threat model", "Assumes", "Success", "Cost", "Limits")
 SHOWN = ("roclip-badnets", "attack.count=100", "defense.every=1")
@@ -277,6 +278,20 @@ def block_results() -> list[str]:
     return lines[:-1] or [missing("demo")]
 
 
+def block_sweeps() -> list[str]:
+    """For each file of a sweep: a row for each setting."""
+    lines: list[str] = []
+    for file in sorted(SWEEPS.glob("*.json")):
+        found = json.loads(file.read_text())
+        runs = [compare.Run(Path(), run["at"], run["result"]) for run in found["runs"]]
+        lines += [f"## {found['title']}", "", "```sh", found["command"], "```", ""]
+        names = [*compare.metrics(runs), "seconds/match", "match/quality/cosine/clean"]
+        names = [name for name in names if any(measure.value(run.result, name) is not None for run in runs)]
+        lines += [*compare.table(compare.group(runs, found["by"]), names, "markdown").splitlines(), "", found["note"], ""]
+        lines += [f"*{origin([run.result for run in runs])}*", ""]
+    return lines[:-1] or ["*No sweeps here yet: `python docs/build.py --sweep NAME RUN…` puts them in.*"]
+
+
 def block_audits() -> list[str]:
     """For each file of audits: tables of AUROC, average precision and what 1 % finds; what a set without poison shows."""
     lines: list[str] = []
@@ -423,15 +438,30 @@ def stale(files: Mapping[Path, str]) -> list[Path]:
 
 def collect(name: str, runs: Sequence[Path], title: str | None, command: str | None, note: str | None) -> Path:
     """docs/results/NAME.json from run directories."""
-    results = [json.loads((run / "result.json").read_text()) for run in runs]
-    for result in results:
-        result.pop("run", None)
-        result["data"] = Path(str(result.get("data", ""))).name
+    results = [published(json.loads((run / "result.json").read_text())) for run in runs]
     file = RESULTS / f"{name}.json"
     before = read_results(file) if file.exists() else {"title": name, "command": "", "note": ""}
     given = {k: v for k, v in (("title", title), ("command", command), ("note", note)) if v is not None}
     RESULTS.mkdir(exist_ok=True)
     file.write_text(json.dumps(before | given | {"results": results}, indent=1, ensure_ascii=False) + "\n")
+    return file
+
+
+def published(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without the paths of somebody's machine."""
+    return {key: value for key, value in result.items() if key != "run"} | {"data": Path(str(result.get("data", ""))).name}
+
+
+def collect_sweep(name: str, folders: Sequence[Path], by: str, title: str | None, command: str | None, note: str | None) -> Path:
+    """docs/sweeps/NAME.json from runs and sweeps; by: the paths that make a row, by comma, "" = all that varies but the seed."""
+    runs = compare.load(folders)
+    paths = [compare.check_path(path, runs) for path in by.split(",")] if by else compare.varying(runs)
+    told = [{"at": {path: run.at(path) for path in paths} | {"seed": run.seed}, "result": published(dict(run.result))} for run in runs]
+    file = SWEEPS / f"{name}.json"
+    before = json.loads(file.read_text()) if file.exists() else {"title": name, "command": "", "note": ""}
+    given = {k: v for k, v in (("title", title), ("command", command), ("note", note)) if v is not None}
+    SWEEPS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(before | given | {"by": paths, "runs": told}, indent=1, ensure_ascii=False) + "\n")
     return file
 
 
@@ -453,6 +483,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The generated parts of the docs.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something is stale")
     parser.add_argument("--collect", metavar="NAME", help="make docs/results/NAME.json from the runs")
+    parser.add_argument("--sweep", metavar="NAME", help="make docs/sweeps/NAME.json from the runs and sweeps")
+    parser.add_argument("--by", default="", help="of the sweep: what makes a row, by comma (default: all that varies but the seed)")
     parser.add_argument("--audits", metavar="NAME", help="make docs/audits/NAME.json from folders of audits")
     for key in ("title", "command", "note"):
         parser.add_argument(f"--{key}", help="of the collected results")
@@ -460,6 +492,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.collect:
         print(f"wrote {collect(args.collect, args.runs, args.title, args.command, args.note).relative_to(ROOT)}")
+    if args.sweep:
+        made = collect_sweep(args.sweep, args.runs, args.by, args.title, args.command, args.note)
+        print(f"wrote {made.relative_to(ROOT)}")
     if args.audits:
         print(f"wrote {collect_audits(args.audits, args.runs, args.title, args.note).relative_to(ROOT)}")
     files = wanted()

@@ -109,6 +109,23 @@ def test_results_are_collected_without_anybodys_paths(build: ModuleType, tmp_pat
     assert "9/10" in "\n".join(build.block_demo())
 
 
+def test_a_sweep_is_collected_with_a_row_for_each_setting(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for pool, seed, hits in ((16, 0, 2), (16, 1, 4), (64, 0, 1)):
+        runs.append(tmp_path / "runs" / f"roclip-{pool}-{seed}")
+        runs[-1].mkdir(parents=True)
+        recipe = {"name": "roclip", "seed": seed, "defense": {"use": "roclip", "pool_size": pool}, "data": {"path": "/home/me/set"}}
+        result = {"recipe": "roclip", "defense": "roclip", "data": "/home/me/set", "run": str(runs[-1]), "seed": seed}
+        (runs[-1] / "recipe.json").write_text(json.dumps(recipe))
+        (runs[-1] / "result.json").write_text(json.dumps(result | {"asr/a": hits / 10, "asr/a/hits": hits, "asr/a/total": 10}))
+    monkeypatch.setattr(build, "SWEEPS", tmp_path / "sweeps")
+    file = build.collect_sweep("pool", runs, "", "How large", "antidote sweep pool", "It holds.")
+    assert "/home" not in file.read_text() and str(tmp_path) not in file.read_text()
+    text = "\n".join(build.block_sweeps())
+    assert "| defense.pool_size | seeds | asr/a |" in text and "## How large" in text and "It holds." in text
+    assert "| 16 | 2 | 30.0 % [" in text and "| 64 | 1 | 10.0 % [1.8, 40.4] |" in text
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "results").glob("*.json")), ids=lambda file: file.stem)
 def test_published_results_name_no_path(file: Path) -> None:
     for result in json.loads(file.read_text())["results"]:
