@@ -116,18 +116,25 @@ def _outcome(series: Sequence[Series]) -> Figure | None:
             for x, name in enumerate(names):
                 at = x + (k - (len(series) - 1) / 2) * width
                 if kind == "asr":
-                    _success_bar(axes, at, width, one, one.successes[name])
+                    _success_bar(axes, at, width, one, one.successes[name], _trials(series, name) is not None)
                 elif (value := one.accuracy[name]) is not None:
                     axes.bar(at, value, width * 0.86, color=one.color)
                     axes.text(at, value + 0.02, f"{100 * value:.0f}", ha="center", fontsize=9)
-        axes.set_xticks(range(len(names)), [name if len(name) < 24 else name[:22] + "…" for name in names])
+        of = {name: f"\nof {trials:,}" for name in names if kind == "asr" and (trials := _trials(series, name)) is not None}
+        axes.set_xticks(range(len(names)), [(name if len(name) < 24 else name[:22] + "…") + of.get(name, "") for name in names])
         axes.set_xlim(-0.6, len(names) - 0.4)
         _share_axis(axes)
     _legend(figure, series)
     return figure
 
 
-def _success_bar(axes: Axes, at: float, width: float, one: Series, success: Success | None) -> None:
+def _trials(series: Sequence[Series], name: str) -> int | None:
+    """How often an attack was tried, where that is one number in all runs: then it stands below the bars, and hits suffice above them."""
+    totals = {success.total for s in series if (success := s.successes[name])}
+    return totals.pop() if len(totals) == 1 else None
+
+
+def _success_bar(axes: Axes, at: float, width: float, one: Series, success: Success | None, common: bool) -> None:
     if success is None:
         return
     low = success.low if success.low is not None else success.share
@@ -135,7 +142,8 @@ def _success_bar(axes: Axes, at: float, width: float, one: Series, success: Succ
     axes.bar(at, success.share, width * 0.86, color=one.color)
     error = [[max(0.0, success.share - low)], [max(0.0, high - success.share)]]
     axes.errorbar(at, success.share, error, color=INK, elinewidth=1, capsize=3, capthick=1, alpha=0.75)
-    axes.text(at, min(high, 1.0) + 0.03, success.count, ha="center", fontsize=9)
+    count = f"{success.hits:,}" if common and success.hits is not None else success.count
+    axes.text(at, min(high, 1.0) + 0.03, count, ha="center", fontsize=9)
     if success.clean is not None:
         axes.hlines(success.clean, at - width * 0.43, at + width * 0.43, color=INK, linestyle=(0, (2, 2)), linewidth=1.2)
 
