@@ -37,6 +37,8 @@ class TokenPool:
         self.start = self.length.cumsum(0) - self.length
         within = torch.arange(int(self.length.sum()), device=flat.device) - self.start.repeat_interleave(self.length)
         self.tokens = flat[(length.cumsum(0) - length)[self.row].repeat_interleave(self.length) + within]
+        owner = torch.arange(len(self.row), device=flat.device).repeat_interleave(self.length)
+        self.means = flat.new_zeros(len(self.row), flat.shape[1]).index_add_(0, owner, self.tokens) / self.length[:, None]
         self.pooled = None if pooled is None else pooled[self.row]
         self.half = self.tokens.bfloat16() if half_is_quicker(flat.device.type) else None
         self.parts = flat.new_empty(len(self.row), PARTS * tokens.shape[2])

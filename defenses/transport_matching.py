@@ -39,6 +39,7 @@ from defenses.transport import (
 )
 
 FIRST = 8  # captions bounded in float32 to choose the first to solve
+FEW = 32  # captions left for an image that are bounded together with other images'
 HARD = 8  # captions left for an image above which Sinkhorn's bound pays
 TIE = 1e-9  # distances closer than this are equal: what float64 may leave between two copies of a problem
 TOL = 1e-6  # marginals of entropic plans, far below what could tell captions apart
@@ -115,13 +116,12 @@ def share_nearer(images: Features, pool: TokenPool, distance: Tensor, *, epsilon
     assert images.tokens is not None
     peers = pool.row.argsort()[:PEERS]  # the pool comes in random order
     tokens, masses = pool.tokens[pool.places(peers)].transpose(0, 1), pool.masses(peers).T
-    means = torch.einsum("mld,ml->md", tokens, masses)
     found = distance.new_zeros(len(distance))
     for some in torch.arange(len(distance), device=distance.device).split(1024):
         shown, limit = images.tokens[some].float(), distance[some, None] - SAME
         parts, rest = sorted_parts(shown, PARTS)
         low = (1 - weight) * (1 - rest[:, None] - pool.rest[peers] - parts @ pool.parts[peers].T)
-        high = (1 - weight) * (1 - shown.mean(1) @ means.T)
+        high = (1 - weight) * (1 - shown.mean(1) @ pool.means[peers].T)
         away = low.new_zeros(())
         if weight:
             assert pool.pooled is not None
@@ -184,9 +184,12 @@ class _Search:
         return row, distance.float(), self.solved, (margin if shortlist is not None else margin.clamp_min(0)).float()
 
     def _sorted_bound(self) -> Tensor:
-        """(N, M')"""
-        parts, rest = sorted_parts(self.tokens, PARTS)
-        bound = torch.mm(parts, self.pool.parts.T).neg_().add_(1 - rest[:, None]).sub_(self.pool.rest)
+        """(N, M'); with one token an image the cost itself, as only one plan is left: the product."""
+        if self.tokens.shape[1] == 1:
+            bound = torch.mm(self.tokens[:, 0], self.pool.means.T).neg_().add_(1)
+        else:
+            parts, rest = sorted_parts(self.tokens, PARTS)
+            bound = torch.mm(parts, self.pool.parts.T).neg_().add_(1 - rest[:, None]).sub_(self.pool.rest)
         if self.weight:
             bound.mul_(1 - self.weight).add_(self._global_tile(slice(None), slice(None)))
         return bound.sub_(self.sorted_slack)
@@ -247,11 +250,12 @@ class _Search:
         wanted = self.bound <= limit
         if shortlist is not None:
             wanted &= torch.zeros_like(wanted).scatter_(1, shortlist, True)
-        # Images with few captions left gather theirs; the others share blocks of the whole pool, at less than half the cost a pair.
+        # Images with few captions left gather theirs; the others share blocks of the whole pool, at less than half the cost a pair. A
+        # handful is not worth a look of its own: below, the handfuls of all images are bounded together.
         count = wanted.sum(1)
         shared = (count > 0.5 * wanted.shape[1] - 100) | wanted.is_cuda
         self._screen(shared.nonzero()[:, 0], torch.arange(wanted.shape[1], device=self.device), limit)
-        for k in (~shared & (count > 0)).nonzero()[:, 0].tolist():
+        for k in (~shared & (count > FEW)).nonzero()[:, 0].tolist():
             self._screen(torch.tensor([k], device=self.device), wanted[k].nonzero()[:, 0], limit)
         i, j = (wanted & (self.bound <= limit)).nonzero().unbind(1)
         if self.epsilon:

@@ -141,7 +141,8 @@ def test_one_image_or_many_in_any_chunks():
 
 
 def test_images_share_the_whole_pool_or_gather_what_is_left(monkeypatch):
-    """Both ways of the screen, which the test against brute force needs to have taken."""
+    """Both ways of the screen, which the test against brute force needs to have taken; where a handful is left none of them."""
+    monkeypatch.setattr(transport_matching, "FEW", 8)
     screened = []
     screen = transport_matching._Search._screen
     monkeypatch.setattr(
@@ -149,6 +150,18 @@ def test_images_share_the_whole_pool_or_gather_what_is_left(monkeypatch):
     )
     check(*example(12, 260, 16, 12))
     assert any(images > 1 for images, _ in screened) and any(images == 1 and captions < 200 for images, captions in screened)
+    assert all(captions > 8 for _, captions in screened)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_an_image_of_one_token_has_one_plan_and_needs_no_search(epsilon):
+    images, pool = example(20, 90, 1, 6)
+    check(images, pool)
+    match = transport_nearest(images.tokens, pool.tokens, pool.mask, epsilon=epsilon)
+    masses = pool.mask.float() / pool.mask.sum(1, keepdim=True)
+    cost = 1 - images.tokens[:, 0] @ torch.einsum("mld,ml->dm", pool.tokens, masses)
+    torch.testing.assert_close(match.distance, cost.amin(1), atol=1e-5, rtol=0)
+    assert float(match.solved.float().mean()) < 3
 
 
 def test_products_of_rounded_inputs_are_allowed_for():
