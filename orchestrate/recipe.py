@@ -323,7 +323,7 @@ def _content(path: str) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path with a null byte, which no file has
         return f"no file {path}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from orchestrate import recipes
@@ -81,6 +81,7 @@ def possible(path: str, value: Any) -> Recipe:
 
 @settings(max_examples=300)
 @given(changes())
+@example(("data.exclude", "a\x00"))
 def test_the_identity_changes_with_every_value_but_the_neutral_ones(change):
     path, value = change
     before, after = made(BOTH), possible(path, value)
