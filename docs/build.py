@@ -439,11 +439,22 @@ def stale(files: Mapping[Path, str]) -> list[Path]:
 def collect(name: str, runs: Sequence[Path], title: str | None, command: str | None, note: str | None) -> Path:
     """docs/results/NAME.json from run directories."""
     results = [published(json.loads((run / "result.json").read_text())) for run in runs]
-    file = RESULTS / f"{name}.json"
-    before = read_results(file) if file.exists() else {"title": name, "command": "", "note": ""}
-    given = {k: v for k, v in (("title", title), ("command", command), ("note", note)) if v is not None}
-    RESULTS.mkdir(exist_ok=True)
-    file.write_text(json.dumps(before | given | {"results": results}, indent=1, ensure_ascii=False) + "\n")
+    return kept(RESULTS / f"{name}.json", {"title": title, "command": command, "note": note}, {"results": results}, read_results)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def kept(
+    file: Path, words: Mapping[str, str | None], content: Mapping[str, Any], read: Callable[[Path], dict[str, Any]] = read_json
+) -> Path:
+    """Write a file of results: its content anew, of its words those that are given (not None); the others stay as they were, or empty."""
+    before = read(file) if file.exists() else dict.fromkeys(words, "") | {"title": file.stem}
+    given = {key: value for key, value in words.items() if value is not None}
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({**before, **given, **content}, indent=1, ensure_ascii=False) + "\n")
     return file
 
 
@@ -457,26 +468,16 @@ def collect_sweep(name: str, folders: Sequence[Path], by: str, title: str | None
     runs = compare.load(folders)
     paths = [compare.check_path(path, runs) for path in by.split(",")] if by else compare.varying(runs)
     told = [{"at": {path: run.at(path) for path in paths} | {"seed": run.seed}, "result": published(dict(run.result))} for run in runs]
-    file = SWEEPS / f"{name}.json"
-    before = json.loads(file.read_text()) if file.exists() else {"title": name, "command": "", "note": ""}
-    given = {k: v for k, v in (("title", title), ("command", command), ("note", note)) if v is not None}
-    SWEEPS.mkdir(exist_ok=True)
-    file.write_text(json.dumps(before | given | {"by": paths, "runs": told}, indent=1, ensure_ascii=False) + "\n")
-    return file
+    return kept(SWEEPS / f"{name}.json", {"title": title, "command": command, "note": note}, {"by": paths, "runs": told})
 
 
 def collect_audits(name: str, folders: Sequence[Path], title: str | None, note: str | None) -> Path:
     """docs/audits/NAME.json from the folders of audits."""
-    file = AUDITS / f"{name}.json"
-    before = json.loads(file.read_text()) if file.exists() else {"title": name, "note": ""}
-    given = {k: v for k, v in (("title", title), ("note", note)) if v is not None}
     audits = [json.loads((folder / "audit.json").read_text()) for folder in folders]
     for facts in audits:
         facts.pop("report", None)
         facts["data"] = Path(str(facts["data"])).name
-    AUDITS.mkdir(exist_ok=True)
-    file.write_text(json.dumps(before | given | {"audits": audits}, indent=1, ensure_ascii=False) + "\n")
-    return file
+    return kept(AUDITS / f"{name}.json", {"title": title, "note": note}, {"audits": audits})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

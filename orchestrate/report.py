@@ -158,7 +158,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "figures": {name: Markup(svg) if svg else None for name, svg in figures.items()},  # drawn, and escaped, by us
         "matching": [_matching(run) for run in runs if run.rounds],
         "selections": [{"run": run, "epochs": epochs} for run in runs if (epochs := _selections(run))],
-        "repairs": [{"run": run, "stages": stages} for run in runs if (stages := _repair(run))],
+        "repairs": [repair for run in runs if (repair := _repair(run))],
         "poisons": next((cards for run in runs if (cards := _poisons(run))), []),
         "quality": [{"run": run, "rounds": rounds} for run in runs if (rounds := _quality(run))],
         "plans": [{"run": run} | drawn for run in runs if (drawn := _plans(run))],
@@ -216,41 +216,41 @@ def _round(record: Mapping[str, Any], measure: str) -> dict[str, Any]:
     count = {key: finite(record.get(key)) for key in ("epoch", "pairs", "pool", "poisoned")}
     share = {key: finite(record.get(key)) for key in ("moved", "poisoned_kept", "clean_kept")}
     close = finite(record.get(measure))
-    counts = {key: "–" if value is None else f"{int(value):,}" for key, value in count.items()}
-    seconds = duration(record.get("seconds"))
-    return counts | share | {"closeness": "–" if close is None else f"{close:.2f}", "seconds": seconds}
+    counts = {key: _number(value) for key, value in count.items()}
+    return counts | share | {"closeness": _number(close, 2), "seconds": duration(record.get("seconds"))}
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}" if digits else f"{int(value):,}"
 
 
 def _selections(run: Run) -> list[dict[str, Any]]:
     """One line for each split into safe pairs and others."""
-    counts, shares = ("epoch", "pairs", "safe", "poisoned"), ("share", "poison_in_safe", "poisoned_safe")
-    lines = []
-    for record in run.records:
-        if record.get("kind") != "select":
-            continue
-        number = {key: finite(record.get(key)) for key in counts}
-        agreed = {key: finite(record.get(f"cosine/{key}")) for key in ("clean", "poisoned")}
-        lines.append(
-            {key: "–" if value is None else f"{int(value):,}" for key, value in number.items()}
-            | {key: finite(record.get(key)) for key in shares}
-            | {f"cosine_{key}": "–" if value is None else f"{value:.2f}" for key, value in agreed.items()}
-        )
-    return lines
-
-
-def _repair(run: Run) -> list[dict[str, Any]]:
-    """What was measured right before a repair, and at its end; nothing for a run without one."""
-    first = next((record["epoch"] for record in run.records if record.get("repair")), None)
-    measured = [record for record in run.records if record.get("kind") == "eval"]
-    before = [record for record in measured if first is not None and record["epoch"] < first]
-    after = [record for record in measured if first is not None and record["epoch"] >= first]
-    if not before or not after:
-        return []
     return [
+        {key: _number(finite(record.get(key))) for key in ("epoch", "pairs", "safe", "poisoned")}
+        | {key: finite(record.get(key)) for key in ("share", "poison_in_safe", "poisoned_safe")}
+        | {f"cosine_{key}": _number(finite(record.get(f"cosine/{key}")), 2) for key in ("clean", "poisoned")}
+        for record in run.records
+        if record.get("kind") == "select"
+    ]
+
+
+def _repair(run: Run) -> dict[str, Any] | None:
+    """What was measured right before a repair, and at its end; None for a run without one."""
+    first = next((record["epoch"] for record in run.records if record.get("repair")), None)
+    if first is None:
+        return None
+    measured = [record for record in run.records if record.get("kind") == "eval"]
+    before, after = ([r for r in measured if (r["epoch"] >= first) == repaired] for repaired in (False, True))
+    if not before or not after:
+        return None
+    names = attacks([run.result])
+    stages = [
         {"name": f"{name} (epoch {int(record['epoch'])})", "zero_shot": percent(record.get("zeroshot/top1"))}
-        | {"successes": [_bar(success(record, attack)) for attack in attacks([run.result])], "attacks": attacks([run.result])}
+        | {"successes": [_bar(success(record, attack)) for attack in names]}
         for name, record in (("before the repair", before[-1]), ("after it", after[-1]))
     ]
+    return {"run": run, "attacks": names, "stages": stages}
 
 
 def _quality(run: Run) -> list[dict[str, Any]]:

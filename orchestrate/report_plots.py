@@ -111,16 +111,17 @@ def _outcome(series: Sequence[Series]) -> Figure | None:
         return None
     figure, panels = _panels([("Attack success  (lower is better)", attacks), ("Accuracy  (higher is better)", skills)], 3.1)
     width = 0.8 / len(series)
+    trials = {name: _trials(series, name) for name in attacks}
     for axes, (names, kind) in zip(panels, [p for p in ((attacks, "asr"), (skills, "skill")) if p[0]], strict=True):
         for k, one in enumerate(series):
             for x, name in enumerate(names):
                 at = x + (k - (len(series) - 1) / 2) * width
                 if kind == "asr":
-                    _success_bar(axes, at, width, one, one.successes[name], _trials(series, name) is not None)
+                    _success_bar(axes, at, width, one, one.successes[name], trials[name] is not None)
                 elif (value := one.accuracy[name]) is not None:
                     axes.bar(at, value, width * 0.86, color=one.color)
                     axes.text(at, value + 0.02, f"{100 * value:.0f}", ha="center", fontsize=9)
-        of = {name: f"\nof {trials:,}" for name in names if kind == "asr" and (trials := _trials(series, name)) is not None}
+        of = {name: f"\nof {count:,}" for name, count in trials.items() if kind == "asr" and count is not None}
         axes.set_xticks(range(len(names)), [(name if len(name) < 24 else name[:22] + "…") + of.get(name, "") for name in names])
         axes.set_xlim(-0.6, len(names) - 0.4)
         _share_axis(axes)
