@@ -1,6 +1,6 @@
 """What an audit is worth: each score against known poison, by set and attack; and what training without the worst pairs brings.
 
-    python benchmarks/audit_worth.py OUT [scenes cifar10=PATH flickr8k=PATH,data.captions=every] [--pairs 3000] [--attacks …] [--train]
+    python benchmarks/audit_worth.py OUT [scenes cifar10=PATH,model.image_size=32,data.size=10000 flickr8k=PATH,data.captions=every] [--pairs 6000] [--attacks …] [--train]
 
 For each set and attack `OUT/audits/<set>-<attack>/` (clean: no poison, what a user without any would see), and with --train runs in
 OUT/runs: undefended, without the worst 1 % and 5 %, RoCLIP and OTCCLIP. What is finished is not done again, so a stopped one goes on. Then:
@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-# 1.5 % of 3,000 pairs: below the 3 % at which poison fills its own neighbourhoods.
+# 1.5 % of the pairs: below the 3 % at which poison fills its own neighbourhoods.
 SHARE, COPIES = 0.015, 4
 # mm_poison II: captions of one class on the images of another, the swap of captions.
 ATTACKS = ("targeted", "badnets", "stripes", "blended", "wanet", "mm_poison_2", "clean")
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("sets", nargs="*", default=["scenes"])
-    parser.add_argument("--pairs", type=int, default=3000)
+    parser.add_argument("--pairs", type=int, default=6000)
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS))
     parser.add_argument("--train", action="store_true", help="also train with and without the worst pairs")
     parser.add_argument("--threads", type=int, default=0)
@@ -57,7 +57,7 @@ def main() -> None:
         for spec in args.sets:
             name, where = data(spec, args.pairs)
             for attack in args.attacks:
-                base = {**where, **poison(attack, args.pairs), "cluster.threads": args.threads, "cluster.runs": str(out / "runs")}
+                base = {**where, **poison(attack, int(where["data.size"])), "cluster.threads": args.threads, "cluster.runs": str(out / "runs")}
                 folder = out / "audits" / f"{name}-{attack}"
                 if not (folder / "audit.json").exists():
                     facts = audit(recipes.get(f"clip-{attack}", base)[0].recipe, folder, Options())

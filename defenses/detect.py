@@ -2,7 +2,7 @@
 
     kdist, slof, dao   local outliers of image embeddings inside a batch (Huang et al., ICLR 2025)
     clip               1 − cosine of image and caption
-    rank               share of a pool's captions that fit the image better than its own, seen sharp or blurred, whichever is worse
+    nearer             share of a pool's captions that fit the image better than its own, seen sharp or blurred, whichever is worse
     transport          distance of the pair, less that of the image's nearest caption in a pool, as OTCCLIP matches
     conflict, repeats  near-duplicate images whose captions disagree, captions that many pairs share (`defenses.duplicates`)
     moved              share of a run's matching rounds that gave the pair another caption
@@ -36,7 +36,7 @@ FLOOR = 1e-6  # distances below it count as this: of equal images no ratio would
 # Scores of one family see the same thing, so they share one vote.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "outlier": ("kdist", "slof", "dao"),
-    "pair": ("clip", "rank", "transport"),
+    "pair": ("clip", "nearer", "transport"),
     "conflict": ("conflict",),
     "repeats": ("repeats",),
     "moved": ("moved",),
@@ -94,7 +94,7 @@ def mismatch(images: Tensor, captions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rank(looks: Sequence[Tensor], captions: Tensor, pool: Tensor) -> Tensor:
+def nearer(looks: Sequence[Tensor], captions: Tensor, pool: Tensor) -> Tensor:
     """Share of the pool (M, d) nearer to the image than its own caption (N, d): the largest over `looks`, each (N, d). (N,).
 
     As RoCLIP's `move` ranks pairs (ours): what looks alike in one look only, as a trigger of fine detail does, is not believed.

@@ -107,7 +107,7 @@ class ScoreActor:
         captions = self.encoder.text_features(self.captions.take(pa.array(rows)).to_pylist(), self.tokens)
         scores = detect.outliers(images.pooled) | {"clip": detect.mismatch(images.pooled, captions.pooled)}
         soft = self.encoder.image_features(pixels, blur=detect.LOOK)
-        scores["rank"] = detect.rank((images.pooled, soft.pooled), captions.pooled, self.pool.pooled)
+        scores["nearer"] = detect.nearer((images.pooled, soft.pooled), captions.pooled, self.pool.pooled)
         if self.token_pool is not None:
             scores["transport"] = detect.transport_excess(images, captions, self.token_pool)
         nearest = (images.pooled @ self.pool.pooled.T).topk(min(NEAREST, len(self.pool.pooled)), dim=1).indices

@@ -22,7 +22,7 @@ MEANS = {
     "slof": ("SLOF", "its image lies in a sparser place than its neighbours"),
     "dao": ("DAO", "the same, seen against how many dimensions the neighbourhood has"),
     "clip": ("CLIP score", "the model finds that image and caption do not fit"),
-    "rank": ("caption's rank", "other captions fit the image better than its own, or fit a blurred copy of it better"),
+    "nearer": ("nearer captions", "other captions fit the image better than its own, or fit a blurred copy of it better"),
     "transport": ("transport", "a caption of the pool fits the image better, word by patch"),
     "conflict": ("conflict", "images like it have other captions"),
     "repeats": ("repeats", "other pairs have the same caption"),

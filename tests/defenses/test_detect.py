@@ -109,8 +109,8 @@ def test_a_caption_ranks_as_in_the_look_that_it_fits_worst():
     captions = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     sharp = torch.tensor([[0.9, 0.3, 0.1], [0.9, 0.3, 0.1]])  # both fit their caption best
     soft = torch.tensor([[0.8, 0.3, 0.1], [0.2, 0.9, 0.5]])  # without its trigger the second fits two others better
-    assert detect.rank((sharp, soft), captions, pool).tolist() == pytest.approx([0, 2 / 3])
-    assert detect.rank((sharp,), captions, pool).tolist() == [0, 0]
+    assert detect.nearer((sharp, soft), captions, pool).tolist() == pytest.approx([0, 2 / 3])
+    assert detect.nearer((sharp,), captions, pool).tolist() == [0, 0]
 
 
 def test_a_score_that_all_pairs_share_adds_nothing():

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from defenses.detect import SCORES
 from orchestrate import audit_scores, prepared
 from orchestrate.data.index import open_dataset
 from orchestrate.recipe import from_dict, resolve
@@ -30,6 +31,13 @@ def test_the_rank_follows_the_sum_of_what_the_scores_add():
     total = table["adds_clip"].to_numpy() + table["adds_repeats"].to_numpy()
     assert table["suspicion"].to_numpy() == pytest.approx(total, rel=1e-6)
     assert table["rank"].to_pylist() == [4, 1, 3, 2]
+
+
+def test_every_score_keeps_a_column_of_its_own():
+    values = {name: np.random.default_rng(i).random(9).astype(np.float32) for i, name in enumerate(SCORES)}
+    table = audit_scores.table(pa.chunked_array([list("abcdefghi")]), values, {})
+    assert len(table.column_names) == len(set(table.column_names)) == 3 + 2 * len(SCORES)
+    assert all((table[name].to_numpy() == values[name]).all() for name in SCORES)
 
 
 def test_equal_suspicions_rank_alike_whatever_the_order_of_rows():
