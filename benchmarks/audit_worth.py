@@ -1,6 +1,7 @@
 """What an audit is worth: each score against known poison, by set and attack; and what training without the worst pairs brings.
 
-    python benchmarks/audit_worth.py OUT [scenes cifar10=PATH,model.image_size=32,data.size=10000 flickr8k=PATH,data.captions=every] [--pairs 6000] [--attacks …] [--train]
+    python benchmarks/audit_worth.py OUT [scenes cifar10=PATH,data.size=10000 flickr8k=PATH,data.captions=every] [--pairs 6000]
+                                     [--attacks …] [--train]
 
 For each set and attack `OUT/audits/<set>-<attack>/` (clean: no poison, what a user without any would see), and with --train runs in
 OUT/runs: undefended, without the worst 1 % and 5 %, RoCLIP and OTCCLIP. What is finished is not done again, so a stopped one goes on. Then:
@@ -53,11 +54,12 @@ def main() -> None:
     from orchestrate.train import fit
 
     out, results = args.out.absolute(), []
+    here = {"cluster.threads": args.threads, "cluster.runs": str(out / "runs")}
     with cluster.connected(recipes.get("clip-clean")[0].recipe.cluster):
         for spec in args.sets:
             name, where = data(spec, args.pairs)
             for attack in args.attacks:
-                base = {**where, **poison(attack, int(where["data.size"])), "cluster.threads": args.threads, "cluster.runs": str(out / "runs")}
+                base = where | poison(attack, int(where["data.size"])) | here
                 folder = out / "audits" / f"{name}-{attack}"
                 if not (folder / "audit.json").exists():
                     facts = audit(recipes.get(f"clip-{attack}", base)[0].recipe, folder, Options())
