@@ -14,16 +14,20 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+if TYPE_CHECKING:
+    from orchestrate.recipe import Recipe
 
 # 1.5 % of the pairs: below the 3 % at which poison fills its own neighbourhoods.
 SHARE, COPIES = 0.015, 4
 # mm_poison II: captions of one class on the images of another, the swap of captions.
 ATTACKS = ("targeted", "badnets", "stripes", "blended", "wanet", "mm_poison_2", "clean")
 QUIET = {"track.uri": "none", "track.report": False, "evaluate.probe": False}
+SHARED = {"cluster.cpus": 0.7, "cluster.match_cpus": 0.3}  # two at once on two cores
+DROPS = (0.01, 0.05)
 TRAINED = {"train.epochs": 14, "train.batch": 64, "train.warmup": 100}  # as in the demo
 
 
@@ -38,6 +42,17 @@ def data(spec: str, pairs: int) -> tuple[str, dict[str, Any]]:
     return name, {"data": path, "data.size": pairs, "data.heldout": 500, **dict(word.split("=", 1) for word in more)}
 
 
+def trained(attack: str, base: dict[str, Any], scores: Path) -> list[Recipe]:
+    """The members that are compared: nothing, the audit's worst left out, RoCLIP, OTCCLIP."""
+    from orchestrate import recipes
+
+    base = base | TRAINED | QUIET | SHARED
+    some = (
+        [("clip", {})] + [("clip", {"data.exclude": str(scores), "data.drop": drop}) for drop in DROPS] + [("roclip", {}), ("otcclip", {})]
+    )
+    return [recipes.get(f"{method}-{attack}", base | more)[0].recipe for method, more in some]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -47,13 +62,12 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="also train with and without the worst pairs")
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
-    from orchestrate import cluster, recipes
+    from orchestrate import cluster, recipes, suite
     from orchestrate.audit import Options, audit
     from orchestrate.cli_audit import told
     from orchestrate.report_text import text_table
-    from orchestrate.train import fit
 
-    out, results = args.out.absolute(), []
+    out, members = args.out.absolute(), []
     here = {"cluster.threads": args.threads, "cluster.runs": str(out / "runs")}
     with cluster.connected(recipes.get("clip-clean")[0].recipe.cluster):
         for spec in args.sets:
@@ -64,21 +78,14 @@ def main() -> None:
                 if not (folder / "audit.json").exists():
                     facts = audit(recipes.get(f"clip-{attack}", base)[0].recipe, folder, Options())
                     print("\n".join([f"\n{name}, {attack}: {facts['seconds']:.0f} s", *told({**facts, "out": folder})]), flush=True)
-                if not args.train or attack == "clean":
-                    continue
-                scores = str(folder / "scores.parquet")
-                for method, more in (
-                    ("clip", {}),
-                    ("clip", {"data.exclude": scores, "data.drop": 0.01}),
-                    ("clip", {"data.exclude": scores, "data.drop": 0.05}),
-                    ("roclip", {}),
-                    ("otcclip", {}),
-                ):
-                    results.append(fit(recipes.get(f"{method}-{attack}", {**base, **TRAINED, **QUIET, **more})[0].recipe))
-                    found = results[-1].get("audit/poison_removed")
-                    print(text_table(results[-1:]) + (f"   {found} poisoned pairs removed" if found is not None else ""), flush=True)
-    if results:
-        print("\n" + text_table(results))
+                if args.train and attack != "clean":
+                    members += trained(attack, base, folder / "scores.parquet")
+        for path in dict.fromkeys(member.data.path for member in members):
+            results = suite.run([member for member in members if member.data.path == path])
+            print("\n" + text_table(results))
+            for result in results:
+                if (found := result.get("audit/poison_removed")) is not None:
+                    print(f"{Path(result['run']).name}: {found:g} poisoned pairs removed")
 
 
 if __name__ == "__main__":
