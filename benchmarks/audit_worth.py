@@ -47,10 +47,9 @@ def trained(attack: str, base: dict[str, Any], scores: Path) -> list[Recipe]:
     from orchestrate import recipes
 
     base = base | TRAINED | QUIET | SHARED
-    some = (
-        [("clip", {})] + [("clip", {"data.exclude": str(scores), "data.drop": drop}) for drop in DROPS] + [("roclip", {}), ("otcclip", {})]
-    )
-    return [recipes.get(f"{method}-{attack}", base | more)[0].recipe for method, more in some]
+    left_out: list[dict[str, Any]] = [{"data.exclude": str(scores), "data.drop": drop} for drop in DROPS]
+    members: list[tuple[str, dict[str, Any]]] = [("clip", {}), *(("clip", more) for more in left_out), ("roclip", {}), ("otcclip", {})]
+    return [recipes.get(f"{method}-{attack}", base | more)[0].recipe for method, more in members]
 
 
 def main() -> None:
