@@ -25,7 +25,7 @@ ray: .venv/.ready
 faults: .venv/.ready
 	ANTIDOTE_FAULTS_PAGE=docs/faults.md $(BIN)/python -m pytest tests/faults
 
-# A sweep's report and MLflow's comparison in a real Chromium; pictures go to screens/.
+# A sweep's report, an audit's page and MLflow's comparison in a real Chromium; pictures go to screens/.
 screens: .venv/.ready
 	ANTIDOTE_SCREENS=screens $(BIN)/python -m pytest -rs tests/browser
 

@@ -1,4 +1,4 @@
-"""What a person sees, in a real browser: a sweep's report, and MLflow's own comparison of two runs. `make screens` keeps the pictures.
+"""What a person sees, in a real browser: a sweep's report, an audit's page, MLflow's comparison. `make screens` keeps the pictures.
 
 Needs Chromium (`chromium` or `$CHROMIUM`); skipped where there is none.
 """
@@ -21,7 +21,7 @@ import pytest
 from orchestrate import compare, compare_page, recipes, rundir, sweepdir, track
 from orchestrate.track import Tracker
 
-from ..orchestrate import sweeping
+from ..orchestrate import auditing, sweeping
 
 pytestmark = pytest.mark.browser
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -59,6 +59,15 @@ def test_the_report_of_a_sweep_shows_its_maps_its_front_and_its_advice(tmp_path:
     dom = seen(tmp_path, "sweep", (sweep / "report.html").as_uri(), height=3200)
     assert "defense.pool_size" in dom and "defense.every" in dom and "95 %" in dom
     assert dom.count("<svg") >= 3 and "<image" not in dom
+
+
+def test_the_page_of_an_audit_shows_strangers_words_as_words(tmp_path: Path) -> None:
+    page = tmp_path / "audit.html"
+    auditing.write(page)
+    # Were a caption ever run as a script, the page would not be its own any more.
+    dom = seen(tmp_path, "audit", page.as_uri(), height=2400)
+    assert "<script" not in dom and dom.count("&lt;script&gt;") > 20
+    assert dom.count("<img") >= 8 and "nearest in the pool" in dom
 
 
 @pytest.fixture

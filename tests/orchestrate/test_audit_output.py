@@ -11,14 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrate import audit, audit_clean, audit_model, audit_page, audit_scores
-from orchestrate.audit_cause import Word, trigger
+from orchestrate import audit, audit_clean, audit_model
 from orchestrate.cli_audit import chosen
 from orchestrate.data.index import Dataset, open_dataset
 from orchestrate.recipe import Data
 from orchestrate.recipes import get
 
-from . import small
+from . import auditing, small
 
 
 def opened(folder: Path, **more: object):
@@ -59,23 +58,8 @@ def test_what_cannot_be_copied_is_listed_with_the_reason(tmp_path: Path):
     assert "one a caption" in cleaned(folder, tmp_path / "several", [3], captions="every")[2]["why"]
 
 
-EVIL = '<script>alert(1)</script>" onerror="x'
-
-
 def test_the_page_escapes_all_that_comes_from_data_and_loads_nothing(tmp_path: Path):
-    count, rng = 30, np.random.default_rng(0)
-    pairs = pa.table({"id": [f"{EVIL}{i}" for i in range(count)], "caption": [EVIL] * count})
-    scores = audit_scores.table(pairs["id"], {"clip": rng.random(count), "moved": np.where(np.arange(count) < 9, np.nan, 1.0)}, {})
-    images = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-    pixels = images.astype(float)
-    common = trigger(images, pixels.mean(0), (pixels**2).mean(0))
-    facts = {"data": EVIL, "pairs": count, "removed": 3, "model": EVIL, "epochs": 2, "pool": 4, "seed": 0, "clean": "clean", "why": EVIL}
-    facts |= {"poison": 1, "attack": EVIL, "poison_removed": 1, "transport": EVIL}
-    facts["measured"] = audit_scores.measured(scores, np.arange(count) == 5, np.where(np.arange(count) == 5, EVIL, ""))
-    shown = audit_page.Shown(np.argsort(scores["rank"].to_numpy())[:8], images[:8])
-    parts = [EVIL if i == 5 else "" for i in range(count)]
-    words = [Word(EVIL, 3, 8, 5, count, 4.0)]
-    audit_page.write(tmp_path / "audit.html", facts, scores, pairs, parts, np.zeros((count, 3), int), [EVIL], shown, words, common)
+    auditing.write(tmp_path / "audit.html")
     text = (tmp_path / "audit.html").read_text()
     assert "<script" not in text and 'onerror="x' not in text
     assert text.count("&lt;script&gt;") > 20
