@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from orchestrate import journal
+from orchestrate import pages
 from orchestrate.audit_cause import Trigger, Word
 from orchestrate.audit_scores import score_names
 from orchestrate.rundir import png
@@ -51,22 +51,17 @@ def write(
     trigger: Trigger | None,
 ) -> Path:
     """audit.html. nearest (N, 3): rows of the pool."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     cards = [_card(scores, pairs, parts, nearest, pool, int(row), image) for row, image in zip(shown.rows, shown.images, strict=True)]
     poison = np.array([bool(part) for part in parts])
-    text = page.get_template("audit.html").render(
-        facts=facts,
-        means=MEANS,
-        cards=cards,
-        histograms=[_histogram(name, scores, poison, facts["removed"]) for name in ("suspicion", *score_names(scores))],
-        words=words,
-        trigger=None if trigger is None else _trigger(trigger),
-    )
-    journal.replace(out, text.encode())
-    return out
+    content = {
+        "facts": facts,
+        "means": MEANS,
+        "cards": cards,
+        "histograms": [_histogram(name, scores, poison, facts["removed"]) for name in ("suspicion", *score_names(scores))],
+        "words": words,
+        "trigger": None if trigger is None else _trigger(trigger),
+    }
+    return pages.write(out, "audit.html", content)
 
 
 def _card(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrate import compare_plots, journal, measure, sweepdir
+from orchestrate import compare_plots, measure, pages, sweepdir
 from orchestrate.compare import Run, averaged, cell, group, metrics, varying
 from orchestrate.compare_plots import Figures
 from orchestrate.recommend import Advice, Condition, caveats, recommend, said
@@ -29,11 +29,8 @@ def advised(runs: Sequence[Run], conditions: Sequence[Condition] = USUAL) -> Adv
 
 def write(folders: Sequence[Path], out: Path, runs: Sequence[Run], by: Sequence[str] = ()) -> Path:
     """The page of these runs and sweeps. `by`: the table's lines, everything that varies unless given."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    loader = FileSystemLoader(Path(__file__).parent)
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     advice = advised(runs)
     lines, names = list(by) or varying(runs), metrics(runs)
     figures = compare_plots.drawings(Figures(runs, chosen=advice.setting if advice else None, by=by))
@@ -54,9 +51,7 @@ def write(folders: Sequence[Path], out: Path, runs: Sequence[Run], by: Sequence[
         "failed": [event for event in events if event.state in (sweepdir.FAILED, sweepdir.STOPPED)],
         "runs": [_link(run, out) for run in runs],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    journal.replace(out, page.get_template("sweep.html").render(content).encode())
-    return out
+    return pages.write(out, "sweep.html", content)
 
 
 def _facts(runs: Sequence[Run], events: Sequence[sweepdir.Event]) -> list[tuple[str, str]]:

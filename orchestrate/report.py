@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrate import journal
+from orchestrate import journal, pages
 from orchestrate.mlflow_uri import masked
 from orchestrate.report_text import (
     Success,
@@ -73,17 +73,9 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
 
     ValueError where a directory is no run.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     out = Path(out)
     out = out / "report.html" if out.is_dir() or not out.suffix else out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    loader = FileSystemLoader(Path(__file__).parent)
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters.update(percent=percent, duration=duration)
-    text = page.get_template("page.html").render(_content(_read(run_dirs)))
-    journal.replace(out, text.encode())
-    return out
+    return pages.write(out, "page.html", _content(_read(run_dirs)), percent=percent, duration=duration)
 
 
 def save_plots(run_dirs: Sequence[Path], folder: Path) -> list[Path]:
