@@ -201,3 +201,9 @@ def clip_loss(out: ClipOutput) -> Tensor:
     logits = out.scale * out.image @ out.text.T
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def check_pool_size(size: int | float) -> None:
+    """ValueError unless `size` is a share of the pairs or a count from 2."""
+    if not (0 < size < 1 if isinstance(size, float) else size >= 2):
+        raise ValueError(f"pool_size={size}: give a share above 0 and below 1, or a whole number from 2")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from defenses.base import Features
-from defenses.matching import share_nearer
+from defenses.matching import cosines, share_nearer
 from defenses.otcclip import OTCCLIP
 from defenses.token_pool import TokenPool
 from defenses.transport_matching import transport_nearest, transport_pairs
@@ -90,7 +90,7 @@ def outliers(x: Tensor, k: int = K) -> dict[str, Tensor]:
 
 def mismatch(images: Tensor, captions: Tensor) -> Tensor:
     """1 − cosine (N,) of images (N, d) and their captions (N, d)."""
-    return 1 - (F.normalize(images.float(), dim=1) * F.normalize(captions.float(), dim=1)).sum(1)
+    return 1 - cosines(images, captions)
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def nearer(looks: Sequence[Tensor], captions: Tensor, pool: Tensor) -> Tensor:
 
     As RoCLIP's `move` ranks pairs (ours): what looks alike in one look only, as a trigger of fine detail does, is not believed.
     """
-    return torch.stack([share_nearer(images, pool, 1 - mismatch(images, captions)) for images in looks]).amax(0)
+    return torch.stack([share_nearer(images, pool, cosines(images, captions)) for images in looks]).amax(0)
 
 
 def transport_excess(images: Features, captions: Features, pool: TokenPool, defense: OTCCLIP | None = None) -> Tensor:

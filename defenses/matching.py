@@ -75,6 +75,11 @@ def staying(nearer: np.ndarray, gap: np.ndarray, move: float) -> np.ndarray:
     return stays
 
 
+def cosines(images: Tensor, captions: Tensor) -> Tensor:
+    """Cosine (N,) of each image (N, d) and its caption (N, d)."""
+    return (F.normalize(images.float(), dim=1) * F.normalize(captions.float(), dim=1)).sum(1)
+
+
 @torch.no_grad()
 def share_nearer(images: Tensor, pool: Tensor, cosine: Tensor, *, block: int = 4096) -> Tensor:
     """Share of the pool (M, d) whose cosine with the image exceeds `cosine` (N,) by more than rounding (1e-6). float32 (N,).
@@ -116,6 +121,5 @@ class CosineMatcher:
         found = nearest(images.pooled, pool.pooled, block=self.block)
         if own is None:
             return found
-        cosine = (F.normalize(images.pooled.float(), dim=1) * F.normalize(own.pooled.float(), dim=1)).sum(1)
-        nearer = share_nearer(images.pooled, pool.pooled, cosine, block=self.block)
-        return found._replace(own_distance=1 - cosine, nearer=nearer)
+        cosine = cosines(images.pooled, own.pooled)
+        return found._replace(own_distance=1 - cosine, nearer=share_nearer(images.pooled, pool.pooled, cosine, block=self.block))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from defenses.augmented import Augmented
-from defenses.base import Matcher
+from defenses.base import Matcher, check_pool_size
 from defenses.matching import CosineMatcher
 
 
@@ -59,9 +59,7 @@ class RoCLIP(Augmented):
             raise ValueError(f'move={self.move}: needs matched="caption", as a caption that stays is encoded again')
         if self.look < 0:
             raise ValueError(f"look={self.look}: give the blur's sigma in px at 224 px, 0 for none")
-        share = isinstance(self.pool_size, float)
-        if not (0 < self.pool_size < 1 if share else self.pool_size >= 2):
-            raise ValueError(f"pool_size={self.pool_size}: give a share above 0 and below 1, or a whole number from 2")
+        check_pool_size(self.pool_size)
 
     def robust(self, epoch: int) -> bool:
         return epoch > self.warmup and epoch % self.every == 0

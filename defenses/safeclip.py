@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from defenses.augmented import Augmented
-from defenses.base import ClipOutput, LossFn, Selection, Selector
+from defenses.base import ClipOutput, LossFn, Selection, Selector, check_pool_size
 
 ITERATIONS, TOLERANCE = 500, 1e-7  # of the mixture's fit: at most, and the gain in mean log-likelihood that ends it
 FLOOR = 1e-4  # smallest variance of a component, as a share of the whole
@@ -58,9 +58,7 @@ class SafeCLIP(Augmented):
                 raise ValueError(f"{name}={getattr(self, name)}: give 1 epoch or more")
         if self.slow <= 0:
             raise ValueError(f"slow={self.slow}: give a factor of the learning rate above 0")
-        share = isinstance(self.pool_size, float)
-        if not (0 < self.pool_size < 1 if share else self.pool_size >= 2):
-            raise ValueError(f"pool_size={self.pool_size}: give a share above 0 and below 1, or a whole number from 2")
+        check_pool_size(self.pool_size)
         for name in ("posterior", "most"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a share above 0 and up to 1")
