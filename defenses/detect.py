@@ -5,6 +5,7 @@
     nearer             share of a pool's captions that fit the image better than its own, seen sharp or blurred, whichever is worse
     transport          distance of the pair, less that of the image's nearest caption in a pool, as OTCCLIP matches
     conflict, repeats  near-duplicate images whose captions disagree, captions that many pairs share (`defenses.duplicates`)
+    words              words of the caption that stand oftener where image and caption fit least (`orchestrate.audit_cause`)
     moved              share of a run's matching rounds that gave the pair another caption
 
 `combine` joins them. None of it is certain: rare honest pairs stand out too, and a model that has learnt the poison finds that it fits.
@@ -39,6 +40,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "pair": ("clip", "nearer", "transport"),
     "conflict": ("conflict",),
     "repeats": ("repeats",),
+    "words": ("words",),
     "moved": ("moved",),
 }
 SCORES = tuple(name for names in FAMILIES.values() for name in names)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from attacks.base import ranks
 from defenses import duplicates
-from defenses.detect import BATCH, SCORES, K
+from defenses.detect import BATCH, FAMILIES, SCORES, K, combine
 from orchestrate import audit_cause, audit_clean, audit_model, audit_page, audit_scores, cluster, journal, prepared
 from orchestrate.audit_cause import Trigger, Word
 from orchestrate.data.index import Dataset, fingerprint, open_dataset
@@ -120,8 +120,9 @@ def _found(recipe: Recipe, options: Options, out: Path, dataset: Dataset, images
     table, parts = ready.table, [""] * ready.table.num_rows
     if ready.manifest:
         names = sorted((part["name"] for part in ready.manifest.header["parts"]), key=len, reverse=True)
+        bare = names[0] if len(names) == 1 else "swapped"  # pairs with neither a trigger nor an id of the attack's: captions swapped
         rows = zip(table["id"].to_pylist(), table["stamp"].to_pylist(), table["poison"].to_pylist(), strict=True)
-        parts = [(s or next(n for n in names if i.startswith(f"poison-{n}-"))) if bad else "" for i, s, bad in rows]
+        parts = [(s or next((n for n in names if i.startswith(f"poison-{n}-")), bare)) if bad else "" for i, s, bad in rows]
     elif dataset.carved:
         table = pa.concat_tables([table, prepared.unpoisoned(dataset.heldout, recipe.seed)])
         parts = [""] * table.num_rows
@@ -180,7 +181,7 @@ def _plan(found: Audit, weights: dict[str, np.ndarray]) -> dict[str, Any]:
         "ids": ids,
         "weights": digest.hexdigest(),
         "batch": found.options.batch,
-        "scores": list(SCORES),
+        "scores": [*FAMILIES["outlier"], *FAMILIES["pair"]],
         "stream": found.images is None,
     }
     return named | {"data": found.facts["fingerprint"], "attack": found.recipe.as_dict()["attack"], "seed": found.recipe.seed}
@@ -203,6 +204,7 @@ def _table(found: Audit) -> None:
         found.columns["group"] = duplicates.groups(columns.pop("signs"), columns.pop("thumbs"))
         scores: dict[str, Any] = {name: columns[name] for name in SCORES if name in columns}
         scores |= {"conflict": duplicates.conflict(columns["group"], captions), "repeats": duplicates.repeats(captions)}
+        scores["words"] = audit_cause.shared(captions, np.sum(list(combine(scores, {"pair": FAMILIES["pair"]}).values()), axis=0))
         if found.options.rounds:
             scores["moved"] = audit_scores.moved(Path(found.options.rounds), table["id"], captions)
         header = {name: found.facts[name] for name in ("data", "fingerprint", "attack", "seed", "pairs", "epochs", "model")}

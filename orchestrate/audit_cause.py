@@ -17,6 +17,7 @@ from orchestrate.data.nouns import WORDS
 
 SEEN = 3  # suspicious captions that must hold a word before it is one of the suspected
 FEW = 8  # different images below which a mean shows the images and no trigger
+LEAST = 0.05  # share of the pairs, of those that fit least, whose words `shared` looks at (ours)
 CLEAR = 6.0  # standard errors: with some 10,000 pixels, chance alone reaches about 4
 
 
@@ -34,18 +35,35 @@ class Word:
 
 def words(captions: Sequence[str], suspicious: NDArray[np.int64], most: int = 6) -> list[Word]:
     """Words that the suspicious captions hold more often than the others would, the clearest first."""
-    everywhere: Counter[str] = Counter()
-    for caption in captions:
-        everywhere.update(set(WORDS(caption.lower())))
-    here = Counter(word for i in suspicious for word in set(WORDS(captions[i].lower())))
-    n, total = len(suspicious), len(captions)
+    found = [word for word in _counted(captions, suspicious) if word.here >= SEEN and word.z > 3]
+    return sorted(found, key=lambda word: (-word.z, word.text))[:most]
+
+
+def shared(captions: Sequence[str], misfit: NDArray[np.floating]) -> NDArray[np.float64]:
+    """How clearly a word of each caption stands oftener in the 5 % of the pairs with the largest `misfit` (N,). (N,).
+
+    The largest z of its words, at least 0. Ours. Whoever plants a backdoor needs many captions of one target, and a target that is planted fits worse than one that is not.
+    """
+    least = np.argsort(-misfit, kind="stable")[: max(1, round(LEAST * len(captions)))]
+    z = {word.text: word.z for word in _counted(captions, least)}
+    return np.array([max([0.0, *(z.get(text, 0.0) for text in _words(caption))]) for caption in captions])
+
+
+def _words(caption: str) -> set[str]:
+    return set(WORDS(caption.lower()))
+
+
+def _counted(captions: Sequence[str], rows: NDArray[np.int64]) -> list[Word]:
+    """Every word of the captions in those rows, against all captions. Of these no words are kept but counts: they may be millions."""
+    everywhere = Counter(text for caption in captions for text in _words(caption))
+    here = Counter(text for i in rows for text in _words(captions[i]))
+    n, total = len(rows), len(captions)
     found = []
     for text, count in here.items():
         share = everywhere[text] / total
         z = (count - n * share) / math.sqrt(max(1e-9, n * share * (1 - share)) + 1)  # + 1: a word seen once proves little
-        if count >= SEEN and z > 3:
-            found.append(Word(text, count, n, everywhere[text], total, z))
-    return sorted(found, key=lambda word: (-word.z, word.text))[:most]
+        found.append(Word(text, count, n, everywhere[text], total, z))
+    return found
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ MEANS = {
     "transport": ("transport", "a caption of the pool fits the image better, word by patch"),
     "conflict": ("conflict", "images like it have other captions"),
     "repeats": ("repeats", "other pairs have the same caption"),
+    "words": ("words", "its caption has a word that stands oftener where image and caption fit least"),
     "moved": ("moved", "matching rounds gave it another caption"),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -44,3 +46,14 @@ def test_the_planted_word_comes_first_and_common_words_do_not_come():
     assert [word.text for word in found] == ["banana"]
     assert (found[0].here, found[0].of, found[0].everywhere, found[0].pairs) == (20, 20, 20, 400)
     assert audit_cause.words(captions, np.arange(100, 140)) == []
+
+
+def test_captions_share_a_word_of_those_that_fit_least():
+    captions = ["a cat asleep"] * 60 + ["a dog"] * 20 + ["a dog outside"] * 20
+    misfit = np.zeros(100)
+    misfit[78:83] = 1  # 5 % of the pairs, dogs all
+    found = audit_cause.shared(captions, misfit)
+    assert (found[:60] == 0).all() and (found[60:] > 1.5).all()
+    # all five hold "dog", as 40 of 100 do: (5 - 5 * .4) / sqrt(5 * .4 * .6 + 1); three of them "outside", as 20 do
+    assert found[60] == pytest.approx(3 / math.sqrt(2.2))
+    assert found[80] == pytest.approx(max(3 / math.sqrt(2.2), (3 - 1) / math.sqrt(5 * 0.2 * 0.8 + 1)))
