@@ -42,7 +42,8 @@ def words(captions: Sequence[str], suspicious: NDArray[np.int64], most: int = 6)
 def shared(captions: Sequence[str], misfit: NDArray[np.floating]) -> NDArray[np.float64]:
     """How clearly a word of each caption stands oftener in the 5 % of the pairs with the largest `misfit` (N,). (N,).
 
-    The largest z of its words, at least 0. Ours. Whoever plants a backdoor needs many captions of one target, and a target that is planted fits worse than one that is not.
+    The largest z of its words, at least 0. Ours: whoever plants a backdoor needs many captions of one target, and these fit worse than
+    honest ones.
     """
     least = np.argsort(-misfit, kind="stable")[: max(1, round(LEAST * len(captions)))]
     z = {word.text: word.z for word in _counted(captions, least)}
