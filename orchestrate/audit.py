@@ -30,7 +30,9 @@ from orchestrate.progress import Phase
 from orchestrate.recipe import DROP, Recipe
 
 LOOK = 20, 400  # suspicious pairs, at least and at most, in which something in common is looked for
-POOL, SHARE = 512, 0.02  # captions of the pool: RoCLIP's share of the pairs, or so many where that is more (ours)
+# Captions of the pool: RoCLIP's share of the pairs, at least and at most so many (ours). Pool times pairs is what an audit costs, and the
+# pool's features are every actor's memory: with a share alone neither would have a bound.
+POOL, MOST, SHARE = 512, 4096, 0.02
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _score(found: Audit, model: Any, cfg: dict[str, Any]) -> None:
 
     recipe, table = found.recipe, found.table
     count = table.num_rows
-    found.pool = draw_pool(table, max(min(POOL, count), round(SHARE * count)), recipe.seed, 0).captions
+    found.pool = draw_pool(table, min(count, MOST, max(POOL, round(SHARE * count))), recipe.seed, 0).captions
     weights = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
     why_not = audit_model.no_tokens(model, cfg)
     found.facts["transport"] = why_not or "used"
