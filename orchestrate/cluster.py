@@ -25,6 +25,7 @@ PATIENCE_S = 30.0  # for all actors of a pool, before fewer do
 STARTING = 4  # processes that a small machine may start at once; above three times its cores Ray warns on the terminal, for every run
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves the configuration here, on the head
 KUBERNETES = "KUBERNETES_SERVICE_HOST"
+DEAD = "dead"  # the error of an `Answer` whose node has left
 FREED_S = 30.0  # in which a cluster clears up after a driver that was killed
 EXCLUDE = ["/.git", "/.venv", "/runs", "/tests", "/docs", "/benchmarks", "/deploy", "**/__pycache__", "*.parquet", "*.png", "*.tar"]
 # Read by the driver and the train controller when ray.train is imported: a report is seen within 0.3 s instead of 2 s.
@@ -215,32 +216,22 @@ def check_storage(store: Store, c: Cluster) -> None:
     """ValueError, before anything is read, where a node that may train does not see the storage: rank 0 may come to lie on any of them."""
     import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != node_id()]
-    nodes = [n for n in nodes if n["Resources"].get("CPU", 0) >= c.cpus and n["Resources"].get("GPU", 0) >= c.gpus]
-    if not nodes:
+    here = node_id()
+    trains = lambda n: n["NodeID"] != here and n["Resources"].get("CPU", 0) >= c.cpus and n["Resources"].get("GPU", 0) >= c.gpus
+    if not any(node["Alive"] and trains(node) for node in ray.nodes()):
         return
     mark = f"{store.home}/.seen-{os.urandom(4).hex()}"
     with store.filesystem.open_output_stream(mark) as file:
         file.write(b"x")
-    seen = ray.remote(lambda: store.filesystem.get_file_info(mark).size == 1)
-    asked = []
-    for node in nodes:
-        there = seen.options(num_cpus=0, scheduling_strategy=on_node(node["NodeID"]))
-        asked.append((node, there.remote()))
-    blind = set()
+    seen = lambda: {"seen": store.filesystem.get_file_info(mark).size == 1}
     try:
-        for node, answer in asked:
-            try:
-                seen_there = ray.get(answer, timeout=c.timeout_s)
-            except ray.exceptions.RayError as error:
-                if not any(other["Alive"] and other["NodeID"] == node["NodeID"] for other in ray.nodes()):
-                    continue  # a node that has left need not see anything
-                why = str(error).strip().splitlines()[-1]
-                raise ValueError(f"{node['NodeManagerHostname']} could not say whether it reaches {store.root}: {why}") from error
-            if not seen_there:
-                blind.add(node["NodeManagerHostname"])
+        answers = [answer for answer in on_every_node(seen, lambda _: (), c.timeout_s, trains) if answer.error != DEAD]
     finally:
         store.filesystem.delete_file(mark)
+    for answer in answers:
+        if answer.error:
+            raise ValueError(f"{answer.host} could not say whether it reaches {store.root}: {answer.error}")
+    blind = {answer.host for answer in answers if not answer.facts["seen"]}
     if blind:
         raise ValueError(
             f"{store.root} is not the same folder on {', '.join(sorted(blind)[:5])}: give cluster.storage= a folder or an address "
@@ -362,12 +353,15 @@ def node_resources() -> list[dict[str, float]]:
 
 
 def on_every_node(
-    call: Callable[..., dict[str, Any]], args: Callable[[Mapping[str, Any]], tuple[Any, ...]], timeout_s: float
+    call: Callable[..., dict[str, Any]],
+    args: Callable[[Mapping[str, Any]], tuple[Any, ...]],
+    timeout_s: float,
+    which: Callable[[Mapping[str, Any]], bool] = lambda node: True,
 ) -> list[Answer]:
-    """`call(*args(node))` on each node of the session, at once, without asking for a CPU. A node that is silent, or fails, says so."""
+    """`call(*args(node))` on each such node of the session, at once, without asking for a CPU. A node that is silent, or fails, says so."""
     import ray
 
-    nodes = ray.nodes()
+    nodes = [node for node in ray.nodes() if which(node)]
     refs = {}
     for node in nodes:
         if node["Alive"]:
@@ -378,21 +372,22 @@ def on_every_node(
     for node in nodes:
         ref, facts, error = refs.get(node["NodeID"]), {}, ""
         if ref is None:
-            error = "dead"
+            error = DEAD
         elif ref not in ready:
             error = f"no answer within {timeout_s:g} s"
         else:
             try:
                 facts = ray.get(ref)
             except ray.exceptions.RayError as failure:
-                error = str(failure).strip().splitlines()[-1][:300]
+                left = not any(other["Alive"] and other["NodeID"] == node["NodeID"] for other in ray.nodes())
+                error = DEAD if left else str(failure).strip().splitlines()[-1][:300]
         answers.append(Answer(node["NodeManagerHostname"], node["NodeManagerAddress"], dict(node["Resources"]), facts, error))
     return answers
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A node and what it said: `facts`, or the `error` that kept it from answering ("dead": it has left)."""
+    """A node and what it said: `facts`, or the `error` that kept it from answering (`DEAD`: it has left)."""
 
     host: str
     address: str

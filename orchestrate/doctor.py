@@ -128,12 +128,12 @@ def _door(place: cluster.Cluster) -> Finding:
 
 
 def _nodes(answers: Sequence[Answer]) -> Finding:
-    bad = [f"{a.host} ({a.error})" for a in answers if a.error and a.error != "dead"]
+    bad = [f"{a.host} ({a.error})" for a in answers if a.error and a.error != cluster.DEAD]
     well = [a for a in answers if not a.error]
     parts = [
         f"{a.host} {a.resources.get('CPU', 0):g} CPU" + (f" {a.resources['GPU']:g} GPU" if a.resources.get("GPU") else "") for a in well
     ]
-    gone = sum(a.error == "dead" for a in answers)
+    gone = sum(a.error == cluster.DEAD for a in answers)
     text = f"{len(well)} alive: {_some(parts)}" + (f"; {gone} have left" if gone else "")
     if bad or not well:
         return Finding("nodes", text, f"no answer from {_some(bad) or 'any'}: look at `ray status`, and at raylet.err on the node.")
