@@ -1,7 +1,7 @@
 """An audit: which pairs of a set look poisoned. Index → model (given, or a young one) → scores → scores.parquet, clean set, page.
 
 OUT/  model/      the run that trained our own model        parts/  finished parts, which a killed audit goes on from
-      scores.parquet   clean/ or kept.parquet (ids)   audit.json   audit.html
+      scores.parquet   clean/ or kept.parquet (ids)   quarantine.parquet   audit.json   audit.html
 
 """
 
@@ -256,6 +256,8 @@ def _write(found: Audit, seen: Seen) -> dict[str, Any]:
     kept = scores["rank"].to_numpy() > many
     facts |= {"removed": many, "poison_removed": sum(bool(name) for name, stays in zip(found.parts, kept, strict=True) if not stays)}
     facts |= audit_clean.write(found.out, found.table, kept, found.dataset.heldout, found.options.copy_gb, found.recipe.attack is not None)
+    facts["quarantined"] = found.dataset.quarantine.num_rows
+    pq.write_table(found.dataset.quarantine, found.out / "quarantine.parquet")
     facts |= {"words": [[word.text, word.here, word.of] for word in seen.words], "region": seen.trigger.box if seen.trigger else None}
     nearest = found.columns["nearest"]
     shown = audit_page.Shown(seen.rows, seen.images)

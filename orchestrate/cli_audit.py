@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrate.recipe import DROP, Recipe, Resolved, parse_overrides, resolve
+from orchestrate.recipes import OWN
 from orchestrate.values import coerce
 
 Verb = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]
 Source = Callable[[str], Callable[[Mapping[str, Any]], list[Resolved]]]
-
-# For somebody's own set: all of its pairs, few of them kept to watch the model by.
-OWN: Mapping[str, Any] = {"data.heldout": 0.05}
 
 
 def add(verb: Verb, source: Source) -> None:
@@ -40,7 +38,7 @@ def chosen(what: str, overrides: list[str], source: Source) -> Recipe:
     if "train.epochs" in words:
         raise ValueError("train.epochs is not what an audit goes by: use --epochs, for the model it trains itself.")
     if "=" in what:
-        return resolve("audit", [("audit", OWN), ("command line", words)]).recipe
+        return resolve("audit", [("data of your own", OWN), ("command line", words)]).recipe
     found = source(what)(words)
     if len(found) > 1:
         raise ValueError(f"{what} names {len(found)} recipes: audit one of them, {', '.join(one.recipe.name for one in found)}.")
@@ -63,6 +61,8 @@ def told(facts: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{facts['pairs']:,} pairs of {facts['data']} scored; the {facts['removed']:,} most suspicious ones are left out of the clean set"
     ]
+    if facts["quarantined"]:
+        lines += [f"{facts['quarantined']:,} rows could not be used and are set aside, with reasons in {facts['out']}/quarantine.parquet"]
     words = ", ".join(f"{word} ({here}/{of})" for word, here, of in facts["words"][:3])
     lines += [f"their captions share: {words}"] if words else []
     lines += [f"{facts['out']}/audit.html shows them; {facts['out']}/scores.parquet ranks all; clean set: {facts['out']}/{facts['clean']}"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from orchestrate.recipe import Resolved, resolve
+from orchestrate.recipe import Data, Resolved, resolve
 
 Layer = Mapping[str, Any]
 
@@ -70,6 +70,7 @@ SCALES: dict[str, Scale] = {
     ),
 }
 SCALE = "small"  # where a name gives none
+OWN: Layer = {"data.size": 0, "data.heldout": 0.05}  # of a set that is not ours: all of it, where the scale's size is but what scenes need
 
 METHODS: dict[str, Part] = {
     "clip": Part("no defence, no augmentation: the undefended model", {"defense": "clip"}),
@@ -205,6 +206,7 @@ def _resolved(label: str, name: str, more: list[tuple[str, Layer]], overrides: L
     method, attack, scale = _parse(name)
     layers: list[tuple[str, Layer]] = [
         (f"scale {scale}", SCALES[scale].layer),
+        ("data of your own", OWN if scale == SCALE and _own(overrides or {}) else {}),
         (f"method {method}", METHODS[method].layer),
         (f"{method} at {scale}", TUNED.get((method, scale), {})),
         (f"attack {attack}", ATTACKS[attack].layer),
@@ -213,6 +215,12 @@ def _resolved(label: str, name: str, more: list[tuple[str, Layer]], overrides: L
         ("command line", overrides or {}),
     ]
     return resolve(label, layers)
+
+
+def _own(overrides: Layer) -> bool:
+    """Whether they name another set than the built-in one."""
+    path = overrides.get("data.path", overrides.get("data", Data.path))
+    return isinstance(path, str) and path != Data.path
 
 
 def _parse(name: str) -> tuple[str, str, str]:

@@ -21,8 +21,19 @@ def write(page: Path) -> None:
     images = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     pixels = images.astype(float)
     common = trigger(images, pixels.mean(0), (pixels**2).mean(0))
-    facts = {"data": EVIL, "pairs": count, "removed": 3, "model": EVIL, "epochs": 2, "pool": 4, "seed": 0, "clean": "clean", "why": EVIL}
-    facts |= {"poison": 1, "attack": EVIL, "poison_removed": 1, "transport": EVIL}
+    facts = {
+        "data": EVIL,
+        "pairs": count,
+        "removed": 3,
+        "model": EVIL,
+        "epochs": 2,
+        "pool": 4,
+        "seed": 0,
+        "clean": "clean",
+        "why": EVIL,
+        "quarantined": 2,
+    }
+    facts |= {"quarantined": 2, "poison": 1, "attack": EVIL, "poison_removed": 1, "transport": EVIL}
     facts["measured"] = audit_scores.measured(scores, np.arange(count) == 5, np.where(np.arange(count) == 5, EVIL, ""))
     shown = audit_page.Shown(np.argsort(scores["rank"].to_numpy())[:8], images[:8])
     parts = [EVIL if i == 5 else "" for i in range(count)]

@@ -37,6 +37,15 @@ def test_what_a_name_leaves_out_is_the_default():
     assert short.recipe.identity == long.recipe.identity
 
 
+def test_of_a_set_of_ones_own_all_pairs_are_taken_unless_asked_otherwise():
+    given: list[dict[str, object]] = [{}, {"data": "x.csv"}, {"data": "x", "data.size": 9}]
+    built_in, own, asked = (recipes.get("roclip-badnets", more)[0].recipe.data for more in given)
+    assert (built_in.size, built_in.heldout) == (6000, 1400)
+    assert (own.path, own.size, own.heldout) == ("x.csv", 0, 0.05)
+    assert (asked.size, asked.heldout) == (9, 0.05)
+    assert recipes.get("roclip-smoke", {"data.path": "x"})[0].recipe.data.size == 1000  # a quick look stays one
+
+
 def test_different_names_are_different_runs():
     spelled = [f"{m}-{a}-{s}" for m in recipes.METHODS for a in recipes.ATTACKS for s in recipes.SCALES]
     assert len({recipes.get(name)[0].recipe.identity for name in spelled}) == len(spelled)
