@@ -127,8 +127,20 @@ def tail(values: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.where(np.isnan(values), 1.0, share)
 
 
-def combine(scores: Mapping[str, NDArray[np.floating]], families: Mapping[str, Sequence[str]] = FAMILIES) -> dict[str, NDArray[np.float64]]:
-    """What each score adds to a pair's suspicion, (N,) each; the suspicion is their sum.
+def tails(values: NDArray[np.floating], group: NDArray[np.integer] | None) -> NDArray[np.float64]:
+    """`tail` among the pairs of the same group (N,), whose scores alone compare."""
+    out = np.ones(len(values))
+    for rows in [slice(None)] if group is None else [group == one for one in np.unique(group)]:
+        out[rows] = tail(values[rows])
+    return out
+
+
+def combine(
+    scores: Mapping[str, NDArray[np.floating]],
+    families: Mapping[str, Sequence[str]] = FAMILIES,
+    group: NDArray[np.integer] | None = None,
+) -> dict[str, NDArray[np.float64]]:
+    """What each score adds to a pair's suspicion, (N,) each; the suspicion is their sum. group: as in `tails`.
 
     Rule (ours, Fisher's way of joining tests): −ln of the share of pairs that score at least as much, averaged inside a family,
     summed over families. No weights, so nothing is fitted. Scores that all pairs share add 0; in a family only scores that are there count.
@@ -137,5 +149,5 @@ def combine(scores: Mapping[str, NDArray[np.floating]], families: Mapping[str, S
     for names in families.values():
         there = [name for name in names if name in scores]
         for name in there:
-            added[name] = -np.log(tail(scores[name])) / len(there)
+            added[name] = -np.log(tails(scores[name], group)) / len(there)
     return added

@@ -67,6 +67,7 @@ class Audit:
     table: pa.Table  # the pairs, with the columns of a poisoned table
     parts: list[str]  # name of the attack's part for each pair, "" for clean ones
     images: tuple[Any, np.ndarray] | None  # decoded, and where each pair's lie; None: they stream
+    unseen: np.ndarray | None  # (N,) 1 for held-out pairs, which our own model has not learnt: they compare with each other only
     facts: dict[str, Any] = field(default_factory=dict)
     pool: list[str] = field(default_factory=list)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
@@ -125,8 +126,10 @@ def _found(recipe: Recipe, options: Options, out: Path, dataset: Dataset, images
         bare = names[0] if len(names) == 1 else "swapped"  # pairs with neither a trigger nor an id of the attack's: captions swapped
         rows = zip(table["id"].to_pylist(), table["stamp"].to_pylist(), table["poison"].to_pylist(), strict=True)
         parts = [(s or next((n for n in names if i.startswith(f"poison-{n}-")), bare)) if bad else "" for i, s, bad in rows]
-    elif dataset.carved:
+    unseen = None
+    if not ready.manifest and dataset.carved:
         table = pa.concat_tables([table, prepared.unpoisoned(dataset.heldout, recipe.seed)])
+        unseen = (np.arange(table.num_rows) >= len(parts)).astype(int)
         parts = [""] * table.num_rows
     if table.num_rows <= 2 * K:
         raise ValueError(f"{table.num_rows} pairs are too few to audit: above {2 * K} are needed.")
@@ -134,7 +137,7 @@ def _found(recipe: Recipe, options: Options, out: Path, dataset: Dataset, images
     held = None if images is None else (images[0], prepared.place_of(table, images[1]))
     facts = {"data": dataset.name, "fingerprint": fingerprint(dataset), "pairs": table.num_rows, "seed": recipe.seed}
     facts |= {"attack": recipe.attack.use if recipe.attack else "none", "poison": sum(map(bool, parts)), "report": dataset.report}
-    return Audit(recipe, options, out, dataset, table, parts, held, facts)
+    return Audit(recipe, options, out, dataset, table, parts, held, None if options.checkpoint else unseen, facts)
 
 
 def _score(found: Audit, model: Any, cfg: dict[str, Any]) -> None:
@@ -206,11 +209,12 @@ def _table(found: Audit) -> None:
         found.columns["group"] = duplicates.groups(columns.pop("signs"), columns.pop("thumbs"))
         scores: dict[str, Any] = {name: columns[name] for name in SCORES if name in columns}
         scores |= {"conflict": duplicates.conflict(columns["group"], captions), "repeats": duplicates.repeats(captions)}
-        scores["words"] = audit_cause.shared(captions, np.sum(list(combine(scores, {"pair": FAMILIES["pair"]}).values()), axis=0))
+        misfit = combine(scores, {"pair": FAMILIES["pair"]}, found.unseen)
+        scores["words"] = audit_cause.shared(captions, np.sum(list(misfit.values()), axis=0))
         if found.options.rounds:
             scores["moved"] = audit_scores.moved(Path(found.options.rounds), table["id"], captions)
         header = {name: found.facts[name] for name in ("data", "fingerprint", "attack", "seed", "pairs", "epochs", "model")}
-        found.scores = audit_scores.table(table["id"], scores, header)
+        found.scores = audit_scores.table(table["id"], scores, header, found.unseen)
         part = found.out / "scores.parquet.part"
         pq.write_table(found.scores, part, compression="zstd")
         part.replace(found.out / "scores.parquet")

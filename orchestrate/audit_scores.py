@@ -22,12 +22,12 @@ FORMAT = "antidote-scores-1"
 REMOVED = 0.01  # share at which recall is told
 
 
-def table(ids: pa.ChunkedArray, scores: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> pa.Table:
-    """Scores (N,) by name → the table. Equal suspicions are ranked by a hash of the id."""
+def table(ids: pa.ChunkedArray, scores: Mapping[str, np.ndarray], header: Mapping[str, Any], group: np.ndarray | None = None) -> pa.Table:
+    """Scores (N,) by name → the table. Equal suspicions are ranked by a hash of the id. group: as in `detect.tails`."""
     from defenses.detect import SCORES, combine
 
     known = {name: scores[name] for name in SCORES if name in scores}
-    added = combine(known)
+    added = combine(known, group=group)
     suspicion = np.sum(list(added.values()), axis=0)
     order = np.lexsort((ranks(ids.to_pylist(), 0, "suspicion"), -suspicion))
     rank = np.empty(len(order), np.int64)
@@ -70,7 +70,8 @@ def without(pairs: pa.Table, path: str, drop: int | float) -> pa.Table:
         first = pairs["id"].filter(pc.is_null(found))[0].as_py()
         raise ValueError(
             f"data.exclude={path} has no rank for {found.null_count:,} of {pairs.num_rows:,} training pairs (the first: {first!r}): "
-            "it was made of other data, another poison or another seed. Audit this very recipe."
+            "it was made of other data, another poison or another seed. Audit this very recipe, or plant no poison "
+            "(a recipe like clip-clean, or attack=none)."
         )
     rank = scores["rank"].take(found.combine_chunks())
     return pairs.filter(pc.greater(rank, budget(drop, scores.num_rows)))

@@ -113,6 +113,15 @@ def test_a_caption_ranks_as_in_the_look_that_it_fits_worst():
     assert detect.nearer((sharp,), captions, pool).tolist() == [0, 0]
 
 
+def test_pairs_compare_inside_their_group():
+    values = np.array([1.0, 2, 3, 4, 10, 20])
+    group = np.array([0, 0, 0, 0, 1, 1])
+    assert detect.tails(values, group).tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 1, 0.5])
+    assert detect.tails(values, None).tolist() == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    added = detect.combine({"clip": values}, group=group)["clip"]
+    assert added.argmax() == 3 and added[4] == 0
+
+
 def test_a_score_that_all_pairs_share_adds_nothing():
     added = detect.combine({"conflict": np.zeros(5), "clip": np.arange(5.0)})
     assert not added["conflict"].any() and added["clip"].argmax() == 4
