@@ -24,7 +24,6 @@ from defenses.detect import BATCH, FAMILIES, SCORES, K, combine
 from orchestrate import audit_cause, audit_clean, audit_model, audit_page, audit_scores, cluster, journal, prepared
 from orchestrate.audit_cause import Trigger, Word
 from orchestrate.data.index import Dataset, fingerprint, open_dataset
-from orchestrate.data.nouns import WORDS
 from orchestrate.pairing import draw_pool
 from orchestrate.progress import Phase
 from orchestrate.recipe import DROP, Recipe
@@ -67,7 +66,7 @@ class Audit:
     table: pa.Table  # the pairs, with the columns of a poisoned table
     parts: list[str]  # name of the attack's part for each pair, "" for clean ones
     images: tuple[Any, np.ndarray] | None  # decoded, and where each pair's lie; None: they stream
-    unseen: np.ndarray | None  # (N,) 1 for held-out pairs, which our own model has not learnt: they compare with each other only
+    unseen: np.ndarray  # (N,) 1 for held-out pairs, which our own model has not learnt: they compare with each other only
     facts: dict[str, Any] = field(default_factory=dict)
     pool: list[str] = field(default_factory=list)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
@@ -126,18 +125,17 @@ def _found(recipe: Recipe, options: Options, out: Path, dataset: Dataset, images
         bare = names[0] if len(names) == 1 else "swapped"  # pairs with neither a trigger nor an id of the attack's: captions swapped
         rows = zip(table["id"].to_pylist(), table["stamp"].to_pylist(), table["poison"].to_pylist(), strict=True)
         parts = [(s or next((n for n in names if i.startswith(f"poison-{n}-")), bare)) if bad else "" for i, s, bad in rows]
-    unseen = None
-    if not ready.manifest and dataset.carved:
+    elif dataset.carved:
         table = pa.concat_tables([table, prepared.unpoisoned(dataset.heldout, recipe.seed)])
-        unseen = (np.arange(table.num_rows) >= len(parts)).astype(int)
         parts = [""] * table.num_rows
+    learnt = table.num_rows if options.checkpoint else ready.table.num_rows
     if table.num_rows <= 2 * K:
         raise ValueError(f"{table.num_rows} pairs are too few to audit: above {2 * K} are needed.")
     audit_scores.budget(options.drop, table.num_rows)
     held = None if images is None else (images[0], prepared.place_of(table, images[1]))
     facts = {"data": dataset.name, "fingerprint": fingerprint(dataset), "pairs": table.num_rows, "seed": recipe.seed}
     facts |= {"attack": recipe.attack.use if recipe.attack else "none", "poison": sum(map(bool, parts)), "report": dataset.report}
-    return Audit(recipe, options, out, dataset, table, parts, held, None if options.checkpoint else unseen, facts)
+    return Audit(recipe, options, out, dataset, table, parts, held, (np.arange(table.num_rows) >= learnt).astype(int), facts)
 
 
 def _score(found: Audit, model: Any, cfg: dict[str, Any]) -> None:
@@ -243,7 +241,7 @@ def _seen(found: Audit) -> Seen:
     top = order[: min(len(order), max(LOOK[0], min(LOOK[1], budget)))]
     captions = found.table["caption"].to_pylist()
     words = audit_cause.words(captions, top)
-    named = [i for i in top if words and words[0].text in set(WORDS(captions[i].lower()))]
+    named = [i for i in top if words and words[0].text in audit_cause.words_of(captions[i])]
     trigger = None
     for rows in (np.array(named, int), top):
         different = rows[np.sort(np.unique(found.columns["group"][rows], return_index=True)[1])]  # of near-duplicates one

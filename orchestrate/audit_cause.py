@@ -47,17 +47,18 @@ def shared(captions: Sequence[str], misfit: NDArray[np.floating]) -> NDArray[np.
     """
     least = np.argsort(-misfit, kind="stable")[: max(1, round(LEAST * len(captions)))]
     z = {word.text: word.z for word in _counted(captions, least)}
-    return np.array([max([0.0, *(z.get(text, 0.0) for text in _words(caption))]) for caption in captions])
+    return np.array([max([0.0, *(z.get(text, 0.0) for text in words_of(caption))]) for caption in captions])
 
 
-def _words(caption: str) -> set[str]:
+def words_of(caption: str) -> set[str]:
+    """Its different words, in lower case."""
     return set(WORDS(caption.lower()))
 
 
 def _counted(captions: Sequence[str], rows: NDArray[np.int64]) -> list[Word]:
     """Every word of the captions in those rows, against all captions. Of these no words are kept but counts: they may be millions."""
-    everywhere = Counter(text for caption in captions for text in _words(caption))
-    here = Counter(text for i in rows for text in _words(captions[i]))
+    everywhere = Counter(text for caption in captions for text in words_of(caption))
+    here = Counter(text for i in rows for text in words_of(captions[i]))
     n, total = len(rows), len(captions)
     found = []
     for text, count in here.items():

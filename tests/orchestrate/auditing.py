@@ -31,7 +31,6 @@ def write(page: Path) -> None:
         "seed": 0,
         "clean": "clean",
         "why": EVIL,
-        "quarantined": 2,
     }
     facts |= {"quarantined": 2, "poison": 1, "attack": EVIL, "poison_removed": 1, "transport": EVIL}
     facts["measured"] = audit_scores.measured(scores, np.arange(count) == 5, np.where(np.arange(count) == 5, EVIL, ""))
