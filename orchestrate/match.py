@@ -10,7 +10,8 @@ are pure functions of (weights, pool, positions), so a repeated one changes noth
     training worker 0 ──publish(epoch, weights)──▶ Rounds (one per run) ──weights, then the encoded pool, by reference──▶ MatchActor × n
     every worker ◀────── pairing(epoch), by reference ────── Rounds ◀────── items as they finish ─────────────────────────┘
 
-Nothing of size images × pool exists: an item holds `match_batch` images against the pool, in the matcher's own tiles.
+Nothing of size images × pool exists: an actor holds `match_batch` images at a time against the pool, in the matcher's own tiles. Of an
+item it hands on a few numbers an image.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from orchestrate.prepared import build_attack, build_defense, pixels_of
 from orchestrate.storage import Store
 
 CAPTIONS, IMAGES = 0, 1  # kinds of work items
+SHARES = 8  # items an actor gets of a large set's images: actors end within an eighth of each other, and one driver hands out all items
 KEPT = 2  # finished rounds held for workers that start again from a checkpoint
 ATTEMPTS = 5  # more of an item whose actor or node died; what kills its actor each time does so for a reason
 LOST = (ray.exceptions.ActorUnavailableError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)  # the fault is not the item's
@@ -42,8 +44,11 @@ NO_MEMORY = "lower cluster.match_batch or the pool, or give matching actors a no
 
 
 def work_items(epochs: Iterable[int], pools: dict[int, int], images: int, batch: int, actors: int) -> list[dict[str, int]]:
-    """All rounds' items in the order they run: a round's captions before its images. Large sets get larger items, not more."""
-    step = max(batch, -(-images // (64 * actors)))
+    """All rounds' items in the order they run: a round's captions before its images. Large sets get larger items, not more.
+
+    Items of images are whole multiples of `batch`, which is what an actor holds at a time.
+    """
+    step = batch * max(1, -(-images // (batch * SHARES * actors)))
     items = []
     for epoch in epochs:
         part = max(256, -(-pools[epoch] // (2 * actors)))
@@ -62,7 +67,7 @@ class MatchActor:
         from orchestrate.step import architecture
 
         torch.set_num_threads(spec["threads"])
-        self.rounds, self.timeout = rounds, spec["timeout_s"]
+        self.rounds, self.timeout, self.batch = rounds, spec["timeout_s"], spec["batch"]
         recipe = recipes.unpacked(spec["recipe"])
         self.defense = build_defense(recipe)
         inputs = ray.get(rounds.inputs.remote(), timeout=self.timeout)
@@ -80,22 +85,31 @@ class MatchActor:
         epoch, kind, start, stop = (int(item[k][0]) for k in ("epoch", "kind", "start", "stop"))
         self._enter(epoch)
         try:
-            if self.matcher is None:
-                arrays = self._agreement(start, stop)
-            else:
-                arrays = self._encode(self.matcher, start, stop) if kind == CAPTIONS else self._match(self.matcher, epoch, start, stop)
+            arrays = self._captions(start, stop) if kind == CAPTIONS else self._images(epoch, start, stop)
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch's own are RuntimeErrors
                 raise
-            raise MemoryError(f"matching {stop - start} images or captions at once does not fit: {NO_MEMORY} ({error})") from None
+            many = stop - start if kind == CAPTIONS else min(stop - start, self.batch)
+            raise MemoryError(f"matching {many} images or captions at once does not fit: {NO_MEMORY} ({error})") from None
         return {**item, "payload": np.array([pack(arrays)], dtype=object)}
+
+    def _images(self, epoch: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """An item's images, one batch at a time."""
+        edges = range(start, stop, self.batch)
+        return assemble([self._batch(epoch, i, min(i + self.batch, stop)) for i in edges])
+
+    def _batch(self, epoch: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        return self._agreement(start, stop) if self.matcher is None else self._match(self.matcher, epoch, start, stop)
 
     def _agreement(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Cosine of each image and its own caption."""
         shown = self.encoder.images(self.pixels.take(np.arange(start, stop)))
         return {"cosine": (shown * self.encoder.texts(self.own[start:stop])).sum(1).cpu().numpy()}
 
-    def _encode(self, matcher: Matcher, start: int, stop: int) -> dict[str, np.ndarray]:
+    def _captions(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Features of a part of the pool."""
+        assert self.matcher is not None, "a selection has no pool"
+        matcher = self.matcher
         encoded = self.encoder.text_features(self.captions[start:stop], matcher.tokens)
         return {name: x.cpu().numpy() for name, x in encoded._asdict().items() if x is not None}
 
@@ -134,6 +148,7 @@ class Rounds:
         self.encodings: dict[int, list[Any]] = {}
         self.parts: dict[int, dict[tuple[int, int], dict[str, np.ndarray]]] = {}
         self.done: dict[int, dict[str, Any]] = {}
+        self.wanted: dict[tuple[int, int], list[int]] = {}  # (epoch, kind) → where its items start, in order
         self.taken: set[tuple[int, int, int]] = set()  # items that are done, by `_place`
         self.started: dict[int, float] = {}
         self.safe_share: dict[int, float | None] = {}
@@ -209,10 +224,12 @@ class Rounds:
     def _run(self, epochs: list[int], me: Any) -> None:
         """Every round's items, in one execution; what a lost node left undone in another one."""
         c = self.recipe.cluster
-        self.items = work_items(epochs, {e: len(p.ids) for e, p in self.pools.items()}, self.table.num_rows, c.match_batch, c.match_actors)
+        items = work_items(epochs, {e: len(p.ids) for e, p in self.pools.items()}, self.table.num_rows, c.match_batch, c.match_actors)
+        for item in items:
+            self.wanted.setdefault((item["epoch"], item["kind"]), []).append(item["start"])
         for attempt in range(ATTEMPTS + 1):
             try:
-                return self._execute([item for item in self.items if _place(item) not in self.taken], me)
+                return self._execute([item for item in items if _place(item) not in self.taken], me)
             except Exception as error:
                 if attempt == ATTEMPTS or not any(isinstance(layer, LOST) for layer in cluster.layers(error)):
                     raise
@@ -228,6 +245,7 @@ class Rounds:
         spec = {
             "recipe": recipes.packed(self.recipe),
             "timeout_s": c.timeout_s,
+            "batch": c.match_batch,
             "gpus": c.match_gpus,
             "threads": max(1, (os.cpu_count() or 1) // c.match_actors),
         }
@@ -256,8 +274,8 @@ class Rounds:
         self.taken.add(_place(item))
         parts = self.parts.setdefault(epoch, {})
         parts[kind, item["start"]] = arrays
-        wanted = sorted(i["start"] for i in self.items if i["epoch"] == epoch and i["kind"] == kind)
-        if any((kind, start) not in parts for start in wanted):
+        wanted = self.wanted[epoch, kind]
+        if len([at for at in parts if at[0] == kind]) < len(wanted):
             return
         whole = assemble([parts.pop((kind, start)) for start in wanted])
         if kind == CAPTIONS:
