@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 BEGIN, END = "<!-- {}: written by benchmarks/scaling.py -->", "<!-- /{} -->"
@@ -99,7 +101,6 @@ class Machine:
     network: float = 50e9  # bytes/s a GPU, one way, between nodes
     tcp: float = 2.5e9  # bytes/s a node, Ray's object transfer
     latency: float = 30e-6  # s, one collective between nodes
-    item: float = 20e-3  # s that the driver's node spends on one work item (measured on two cores: at most)
     cores: int = 96  # a node, that decode
 
 
@@ -152,7 +153,7 @@ class Law:
       weights        P 4 bytes from one node to all, passed on: ⌈log2(nodes)⌉ + 1 transfers
       pool           p d 4 bytes, likewise, and once to the desk
       pairing        N 8 bytes and the captions of the pool, likewise
-      items          `work_items` counted, each `Machine.item` on the driver's node
+      items          `work_items` counted, each `item` on the driver's node: what one costs here beside an actor that does nothing
     Memory of a node: the index, once, and for each of its workers what `bytes_a_pair` measured.
     """
 
@@ -164,6 +165,7 @@ class Law:
     bytes_a_pair: float  # of a worker
     table_bytes: float  # a pair, once a node
     decoded: float  # images/s a core
+    item: float  # s that the driver's node spends on one work item
 
     @property
     def batch(self) -> int:
@@ -193,7 +195,7 @@ class Law:
             "weights": hops * a.parameters * 4 / m.tcp,
             "pool": (hops + 1) * self.pool * a.width * 4 / m.tcp,
             "pairing": hops * (self.pairs * 8 + self.pool * 60) / m.tcp,
-            "items": self.items() * m.item,
+            "items": self.items() * self.item,
         }
 
     def items(self) -> int:
@@ -242,7 +244,6 @@ def bytes_a_pair(rows: int) -> tuple[float, float]:
     """(bytes a training worker holds a pair, bytes of the index a pair), measured on a table of `rows` made rows."""
     import tracemalloc
 
-    import numpy as np
     import pyarrow as pa
 
     from orchestrate import prepared
@@ -267,7 +268,6 @@ def decoded_per_s(side: int = 224, seconds: float = 2.0) -> float:
     import io
     import time
 
-    import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -283,16 +283,48 @@ def decoded_per_s(side: int = 224, seconds: float = 2.0) -> float:
     return count / (time.process_time() - started)
 
 
+def item_s(few: int = 100, many: int = 400) -> float:
+    """Seconds that one more work item takes in an execution as `match.Rounds` has it, its actor doing nothing."""
+    import time
+
+    import ray
+
+    from orchestrate import cluster
+
+    class Idle:
+        def __call__(self, item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {**item, "payload": np.array([b"x" * 20_000], dtype=object)}
+
+    def seconds(count: int) -> float:
+        items = [{"epoch": 1, "kind": 1, "start": i, "stop": i + 1} for i in range(count)]
+        data = cluster.quiet_data(in_order=True)
+        found = data.from_items(items, override_num_blocks=count).map_batches(
+            Idle, batch_size=None, compute=data.ActorPoolStrategy(size=1), num_cpus=1, allow_out_of_order_execution=False
+        )
+        batches = iter(found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"))
+        next(batches)  # the actor is up
+        started = time.perf_counter()
+        assert sum(1 for _ in batches) == count - 1
+        return time.perf_counter() - started
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        seconds(few)
+        return (seconds(many) - seconds(few)) / (many - few)
+    finally:
+        ray.shutdown()
+
+
 MODELS = ("RN50", "ViT-B-32")
 SETS = ((1_000_000, 20_000), (10_000_000, 65_536), (100_000_000, 65_536), (400_000_000, 65_536), (400_000_000, 8_000_000))  # pairs, pool
 
 
 def modelled(size: int) -> str:
     own, index = bytes_a_pair(max(size, 50_000))
-    decoded = decoded_per_s()
+    decoded, item = decoded_per_s(), item_s()
     lines = [
         f"Measured here: a worker holds {own:.0f} bytes a pair (captions, keys, order), a node's copy of the index {index:.0f}; "
-        f"a core decodes {decoded:.0f} images/s.",
+        f"a core decodes {decoded:.0f} images/s; a work item whose actor does nothing takes {1000 * item:.1f} ms.",
         "",
         "| model | pairs | pool | GPUs | step, ms: compute | all-gather | loss | all-reduce | batch norm "
         "| round, s: encode | product | weights | pool | pairing | items (count) | decode twice, s | RAM a node | encoders' share "
@@ -302,7 +334,7 @@ def modelled(size: int) -> str:
     for arch in map(Architecture.of, MODELS):
         for pairs, pool in SETS:
             for gpus in (8, 64, 256):
-                lines.append(_row(Law(Machine(), arch, pairs, gpus, pool, own, index, decoded)))
+                lines.append(_row(Law(Machine(), arch, pairs, gpus, pool, own, index, decoded, item)))
     return "\n".join(lines)
 
 

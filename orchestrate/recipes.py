@@ -204,23 +204,21 @@ def get(name: str, overrides: Layer | None = None) -> list[Resolved]:
 
 def _resolved(label: str, name: str, more: list[tuple[str, Layer]], overrides: Layer | None) -> Resolved:
     method, attack, scale = _parse(name)
-    layers: list[tuple[str, Layer]] = [
-        (f"scale {scale}", SCALES[scale].layer),
-        ("data of your own", OWN if scale == SCALE and _own(overrides or {}) else {}),
-        (f"method {method}", METHODS[method].layer),
-        (f"{method} at {scale}", TUNED.get((method, scale), {})),
-        (f"attack {attack}", ATTACKS[attack].layer),
-        (f"{attack} at {scale}", POISON.get((attack, scale), {})),
-        *more,
-        ("command line", overrides or {}),
-    ]
-    return resolve(label, layers)
 
+    def layers(own: Layer) -> list[tuple[str, Layer]]:
+        return [
+            (f"scale {scale}", SCALES[scale].layer),
+            ("data of your own", own),
+            (f"method {method}", METHODS[method].layer),
+            (f"{method} at {scale}", TUNED.get((method, scale), {})),
+            (f"attack {attack}", ATTACKS[attack].layer),
+            (f"{attack} at {scale}", POISON.get((attack, scale), {})),
+            *more,
+            ("command line", overrides or {}),
+        ]
 
-def _own(overrides: Layer) -> bool:
-    """Whether they name another set than the built-in one."""
-    path = overrides.get("data.path", overrides.get("data", Data.path))
-    return isinstance(path, str) and path != Data.path
+    found = resolve(label, layers({}))
+    return resolve(label, layers(OWN)) if scale == SCALE and found.recipe.data.path != Data.path else found
 
 
 def _parse(name: str) -> tuple[str, str, str]:
