@@ -4,6 +4,7 @@
     python docs/build.py --check                write nothing; exit code 1 and the files' names where something is stale
     python docs/build.py --collect demo RUN…    make docs/results/demo.json from finished runs, then write
     python docs/build.py --sweep pool RUN… --by defense.pool_size,…    make docs/sweeps/pool.json from runs or sweeps, then write
+    python docs/build.py --matrix scenes RUN…   make docs/matrices/scenes.json from runs or sweeps, then write
     python docs/build.py --audits scenes OUT…   make docs/audits/scenes.json from the folders of audits, then write
 
 A file of results is {"title", "command", "note", "results": [result.json, …]}; without the runs' directories and without folders of
@@ -27,16 +28,18 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from orchestrate import cli, compare, measure, plugins, recipes, scaffold  # noqa: E402
+from orchestrate import cli, compare, compare_matrix, measure, plugins, recipes, scaffold  # noqa: E402
 from orchestrate.recipe import SECTIONS  # noqa: E402
 from orchestrate.report_text import Result, attacks, defence, doubts, duration, headline, markdown_table, poison  # noqa: E402
 
 DOCS = ROOT / "docs"
-RESULTS, SWEEPS, AUDITS, METHODS, PICTURE = DOCS / "results", DOCS / "sweeps", DOCS / "audits", DOCS / "methods", DOCS / "demo.png"
+RESULTS, SWEEPS, MATRICES, AUDITS, METHODS = (DOCS / name for name in ("results", "sweeps", "matrices", "audits", "methods"))
+PICTURE = DOCS / "demo.png"
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LABELS = ("Paper", "Source", "Threat model", "Assumes", "Success", "Cost", "Limits")
 SHOWN = ("roclip-badnets", "attack.count=100", "defense.every=1")
 SHARES = {"zeroshot/top1": "zero-shot", "probe/top1": "probe", "retrieval/r1": "retrieval R@1"}
+MANY = 24  # identities that one line may hold
 KINDS = {"attack": "attack", "defense": "defence"}
 
 
@@ -292,6 +295,18 @@ def block_sweeps() -> list[str]:
     return lines[:-1] or ["*No sweeps here yet: `python docs/build.py --sweep NAME RUN…` puts them in.*"]
 
 
+def block_matrices() -> list[str]:
+    """For each file of a matrix: attacks × defences."""
+    lines: list[str] = []
+    for file in sorted(MATRICES.glob("*.json")):
+        found = json.loads(file.read_text())
+        runs = [compare.Run(Path(), run["at"], run["result"]) for run in found["runs"]]
+        lines += [f"## {found['title']}", "", "```sh", found["command"], "```", ""]
+        lines += [*compare.laid_out(*compare_matrix.matrix(runs), "markdown", by=2).splitlines(), "", found["note"], ""]
+        lines += [f"*{origin([run.result for run in runs])}*", ""]
+    return lines[:-1] or ["*No matrix here yet: `python docs/build.py --matrix NAME RUN…` puts one in.*"]
+
+
 def block_audits() -> list[str]:
     """For each file of audits: tables of AUROC, average precision and what 1 % finds; what a set without poison shows."""
     lines: list[str] = []
@@ -390,8 +405,11 @@ def quality_table(results: Sequence[Result]) -> list[str]:
 
 
 def origin(results: Sequence[Result]) -> str:
+    """Where figures come from; of many runs the identities stand in the file only."""
+
     def each(key: str) -> str:
-        return ", ".join(dict.fromkeys(str(r[key]) for r in results if key in r)) or "–"
+        found = dict.fromkeys(str(r[key]) for r in results if key in r)
+        return f"{len(found)} of them" if len(found) > MANY else ", ".join(found) or "–"
 
     versions = ", ".join(f"{name} {each(f'versions/{name}')}" for name in ("torch", "ray", "python"))
     return f"Data {each('data')}; epochs {each('epochs')}; seed {each('seed')}; identity {each('identity')}; {versions}."
@@ -471,6 +489,14 @@ def collect_sweep(name: str, folders: Sequence[Path], by: str, title: str | None
     return kept(SWEEPS / f"{name}.json", {"title": title, "command": command, "note": note}, {"by": paths, "runs": told})
 
 
+def collect_matrix(name: str, folders: Sequence[Path], title: str | None, command: str | None, note: str | None) -> Path:
+    """docs/matrices/NAME.json from runs and sweeps."""
+    runs = compare.load(folders)
+    at = [{path: run.at(path) for path in run.flat if path.startswith(("attack.", "defense."))} | {"seed": run.seed} for run in runs]
+    told = [{"at": where, "result": published(dict(run.result))} for where, run in zip(at, runs, strict=True)]
+    return kept(MATRICES / f"{name}.json", {"title": title, "command": command, "note": note}, {"runs": told})
+
+
 def collect_audits(name: str, folders: Sequence[Path], title: str | None, note: str | None) -> Path:
     """docs/audits/NAME.json from the folders of audits."""
     audits = [json.loads((folder / "audit.json").read_text()) for folder in folders]
@@ -486,6 +512,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--collect", metavar="NAME", help="make docs/results/NAME.json from the runs")
     parser.add_argument("--sweep", metavar="NAME", help="make docs/sweeps/NAME.json from the runs and sweeps")
     parser.add_argument("--by", default="", help="of the sweep: what makes a row, by comma (default: all that varies but the seed)")
+    parser.add_argument("--matrix", metavar="NAME", help="make docs/matrices/NAME.json from runs and sweeps")
     parser.add_argument("--audits", metavar="NAME", help="make docs/audits/NAME.json from folders of audits")
     for key in ("title", "command", "note"):
         parser.add_argument(f"--{key}", help="of the collected results")
@@ -495,6 +522,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wrote {collect(args.collect, args.runs, args.title, args.command, args.note).relative_to(ROOT)}")
     if args.sweep:
         made = collect_sweep(args.sweep, args.runs, args.by, args.title, args.command, args.note)
+        print(f"wrote {made.relative_to(ROOT)}")
+    if args.matrix:
+        made = collect_matrix(args.matrix, args.runs, args.title, args.command, args.note)
         print(f"wrote {made.relative_to(ROOT)}")
     if args.audits:
         print(f"wrote {collect_audits(args.audits, args.runs, args.title, args.note).relative_to(ROOT)}")

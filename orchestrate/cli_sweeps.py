@@ -30,6 +30,7 @@ def add(verb: Verb, source: Source) -> None:
     compare.add_argument("runs", nargs="+", help="directories of runs and sweeps")
     compare.add_argument("--by", default="", metavar="PATHS", help="lines of the table, by comma (default: all that varies but the seed)")
     compare.add_argument("--metric", default="", metavar="METRICS", help="columns, by comma (default: accuracy, attack success, time)")
+    compare.add_argument("--matrix", action="store_true", help="attacks × defences: a line for each attack, a column for each defence")
     compare.add_argument("--format", default="text", help="text, csv, markdown or latex (default: text)")
     compare.add_argument("--out", default="", help="folder for table.csv, .md and .tex, plots as PDF and PNG, and report.html")
     advise = verb("recommend", _recommend, "the cheapest setting of a sweep that keeps to a limit, and why")
@@ -79,12 +80,25 @@ def _compare(args: argparse.Namespace) -> None:
     if args.format not in compare.FORMATS:
         raise ValueError(f"--format {args.format}: choose one of {', '.join(compare.FORMATS)}.")
     groups = compare.group(runs, by)
+    if args.matrix:
+        _matrix(args, runs)
+        return
     print(compare.table(groups, names, args.format))
     if args.format == "text" and (note := compare.averaged(runs, by)):
         print(f"\n{note}")
     if args.out:
         for file in _written(Path(args.out), folders, runs, groups, names, _listed(args.by)):
             print(f"wrote {file}")
+
+
+def _matrix(args: argparse.Namespace, runs: list[compare.Run]) -> None:
+    from orchestrate import compare, compare_matrix
+
+    if args.by or args.metric or args.out:
+        raise ValueError("--matrix has lines and columns of its own: leave --by, --metric and --out.")
+    if args.format == "csv":
+        raise ValueError("--matrix --format csv: its cells are texts. Choose text, markdown or latex, or leave --matrix.")
+    print(compare.laid_out(*compare_matrix.matrix(runs), args.format, by=2))
 
 
 def _written(

@@ -175,11 +175,16 @@ def table(groups: Sequence[Group], names: Sequence[str], form: str = "text") -> 
     by = list(groups[0].at) if groups else []
     head = [*by, "seeds", *names]
     rows = [[*(g.at[path] for path in by), str(len({r.seed for r in g.runs})), *(cell(g.estimate(m), m) for m in names)] for g in groups]
+    return laid_out(head, rows, form, len(by))
+
+
+def laid_out(head: Sequence[str], rows: Sequence[Sequence[str]], form: str, by: int) -> str:
+    """Cells as aligned text, Markdown or LaTeX (booktabs), the first `by` columns to the left."""
     if form == "markdown":
         lines = [head, ["---"] * len(head), *rows]
         return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
     if form == "latex":
-        return _latex(head, rows, len(by))
+        return _latex(head, rows, by)
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, ["─" * width for width in widths], *rows])
 

@@ -203,7 +203,7 @@ def get(name: str, overrides: Layer | None = None) -> list[Resolved]:
 
 
 def _resolved(label: str, name: str, more: list[tuple[str, Layer]], overrides: Layer | None) -> Resolved:
-    method, attack, scale = _parse(name)
+    method, attack, scale = parts(name)
 
     def layers(own: Layer) -> list[tuple[str, Layer]]:
         return [
@@ -221,7 +221,8 @@ def _resolved(label: str, name: str, more: list[tuple[str, Layer]], overrides: L
     return resolve(label, layers(OWN)) if scale == SCALE and found.recipe.data.path != Data.path else found
 
 
-def _parse(name: str) -> tuple[str, str, str]:
+def parts(name: str) -> tuple[str, str, str]:
+    """`method[-attack][-scale]` → the three. ValueError with a suggestion for another name."""
     words = name.split("-")
     method, rest = words[0], words[1:]
     scale = rest.pop() if rest and rest[-1] in SCALES else SCALE

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from orchestrate import compare, compare_page, compare_plots, measure, recommend, sweepdir
 from orchestrate.cli import main
 from orchestrate.compare import Run
+from orchestrate.compare_matrix import matrix, planted
 from orchestrate.recommend import condition, pareto
 from orchestrate.statistics import wilson
 
@@ -257,3 +258,48 @@ def test_the_last_event_counts_and_lost_directories_are_left_out(tmp_path):
     (folder.parent / second.run / "result.json").unlink()
     assert [run.name for run in sweepdir.runs(folder)] == [first.run]
     assert math.isclose(sum(event.seconds for event in sweepdir.events(folder).values()), 50.0)
+
+
+# --- attacks × defences -----------------------------------------------------------------------------------------------------------------
+
+
+def run_of(recipe: str, defense: str, attack: str, hits: int, seed: int = 0, **flat: object) -> Run:
+    asr = f"asr/{attack.partition('+')[0]}"
+    result = {"recipe": recipe, "defense": defense, "attack": attack, asr: hits / 20, f"{asr}/hits": hits, f"{asr}/total": 20}
+    low, high = wilson(hits, 20)
+    result |= {f"{asr}/low": low, f"{asr}/high": high, "zeroshot/top1": 0.5 + hits / 100, "poison/count": 30, "poison/rate": 0.03}
+    return Run(Path("run"), {"seed": seed, **flat}, result)
+
+
+def test_a_matrix_has_a_line_for_each_attack_and_a_column_for_each_defence():
+    """Two patterns of one method are two attacks; what was not run is a dash; accuracy is the mean of a column."""
+    runs = [
+        run_of("roclip-blended-small", "roclip", "blended", 2),
+        run_of("clip-blended-small", "clip", "blended", 20),
+        run_of("clip-blended_stripes-small", "clip", "blended", 10),
+    ]
+    head, rows = matrix(runs)
+    assert head == ["attack", "poison", "No defence", "RoCLIP"]
+    assert rows[0] == ["blended", "30 (3.0 %)", "20/20 = 100.0 % [83.9, 100.0]", "2/20 = 10.0 % [2.8, 30.1]"]
+    assert rows[1] == ["blended_stripes", "30 (3.0 %)", "10/20 = 50.0 % [29.9, 70.1]", "–"]
+    assert rows[2][2:] == ["65.0 %", "52.0 %"]
+
+
+def test_seeds_share_a_cell_of_a_matrix_and_settings_do_not():
+    seeds = [run_of("roclip-badnets", "roclip", "badnets", 4, seed, **{"defense.every": 1}) for seed in range(3)]
+    [[*_, cell], _] = matrix(seeds)[1]
+    assert cell.startswith("20.0 % [") and cell.endswith("3 runs")
+    head, rows = matrix([*seeds, run_of("roclip-badnets", "roclip", "badnets", 8, **{"defense.every": 2})])
+    assert head[2:] == ["RoCLIP (every=1)", "RoCLIP (every=2)"] and rows[0][3].startswith("8/20")
+
+
+def test_a_method_named_on_the_command_line_is_not_the_recipes():
+    assert planted(run_of("clip", "clip", "badnets", 1)) == "badnets" and planted(run_of("mine", "clip", "sig", 1)) == "sig"
+
+
+def test_compare_prints_the_matrix_or_says_what_does_not_go_with_it(sweep, capsys):
+    assert main(["compare", str(sweep), "--matrix"]) == 0
+    assert capsys.readouterr().out.startswith("attack")
+    for words in (["--by", "seed"], ["--format", "csv"]):
+        assert main(["compare", str(sweep), "--matrix", *words]) != 0
+        assert "--matrix" in capsys.readouterr().err
