@@ -1,6 +1,6 @@
 """How far one run scales: measured over raylets on this machine, and a model of 8 to 256 GPUs that names the first bottleneck.
 
-    python benchmarks/scaling.py [--nodes 1,2,4] [--size 4000] [--epochs 4] [--no-measure] [--page docs/scaling.md]
+    python benchmarks/scaling.py [--nodes 1,2,4] [--methods roclip,otcclip] [--size 4000] [--epochs 4] [--page docs/scaling.md]
 
 Measured: one cluster of n raylets for each n, each raylet with all its processes pinned to one core (round robin over this machine's), one
 training worker and one matching actor a raylet, the same recipe and global batch. Where there are more raylets than cores they share
@@ -34,26 +34,27 @@ BEGIN, END = "<!-- {}: written by benchmarks/scaling.py -->", "<!-- /{} -->"
 # --- measured ----------------------------------------------------------------------------------------------------------------
 
 
-def measured(nodes: list[int], size: int, epochs: int) -> str:
+def measured(methods: list[str], nodes: list[int], size: int, epochs: int) -> str:
     """Throughput of training and of matching over the number of raylets, as a Markdown table."""
     cores = sorted(os.sched_getaffinity(0))
-    rows = [(n, *_run(n, size, epochs, cores)) for n in nodes]
     lines = [
-        f"{len(cores)} cores, one raylet a core while they last; {size:,} pairs, global batch 128, tiny-rn, RoCLIP every epoch.",
+        f"{len(cores)} cores, one raylet a core while they last; {size:,} pairs, global batch 128, tiny-rn, matching every epoch.",
         "",
-        "| raylets | cores | training, pairs/s | of ideal | matching, images/s | of ideal |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method | raylets | cores | training, pairs/s | of ideal | matching, images/s | of ideal |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for n, train, match in rows:
-        used = min(n, len(cores))
-        ideal = used / min(rows[0][0], len(cores))
-        shares = [f"{value / (first * ideal):.2f}" for value, first in ((train, rows[0][1]), (match, rows[0][2]))]
-        shared = f"{used}" + (" (shared)" if n > len(cores) else "")
-        lines.append(f"| {n} | {shared} | {train:,.0f} | {shares[0]} | {match:,.0f} | {shares[1]} |")
+    for method in methods:
+        rows = [(n, *_run(method, n, size, epochs, cores)) for n in nodes]
+        for n, train, match in rows:
+            used = min(n, len(cores))
+            ideal = used / min(rows[0][0], len(cores))
+            shares = [f"{value / (first * ideal):.2f}" for value, first in ((train, rows[0][1]), (match, rows[0][2]))]
+            shared = f"{used}" + (" (shared)" if n > len(cores) else "")
+            lines.append(f"| {method} | {n} | {shared} | {train:,.0f} | {shares[0]} | {match:,.0f} | {shares[1]} |")
     return "\n".join(lines)
 
 
-def _run(n: int, size: int, epochs: int, cores: list[int]) -> tuple[float, float]:
+def _run(method: str, n: int, size: int, epochs: int, cores: list[int]) -> tuple[float, float]:
     """(training pairs/s, matching images/s) with n raylets, each pinned to one core; medians over the epochs but the first and last."""
     from ray.cluster_utils import Cluster
 
@@ -73,7 +74,7 @@ def _run(n: int, size: int, epochs: int, cores: list[int]) -> tuple[float, float
                 **{"cluster.address": cluster.address, "cluster.runs": runs, "cluster.workers": n, "cluster.cpus": 1.5},
                 **{"cluster.match_actors": n, "cluster.match_cpus": 0.5, "cluster.match_batch": 256, "cluster.threads": 1},
             }
-            command = [sys.executable, "-m", "orchestrate", "run", "roclip", *(f"{k}={v}" for k, v in words.items())]
+            command = [sys.executable, "-m", "orchestrate", "run", method, *(f"{k}={v}" for k, v in words.items())]
             subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
             [file] = Path(runs).glob(f"*/{journal.NAME}")
             records = [r for r in journal.read(file) if 1 < r["epoch"] < epochs]
@@ -364,6 +365,7 @@ def put(page: Path, name: str, table: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", default="1,2,4")
+    parser.add_argument("--methods", default="roclip,otcclip")
     parser.add_argument("--size", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--no-measure", action="store_true")
@@ -374,7 +376,7 @@ def main() -> None:
     if not args.no_model:
         tables["model"] = modelled(args.size)
     if not args.no_measure:
-        tables["measured"] = measured([int(n) for n in args.nodes.split(",")], args.size, args.epochs)
+        tables["measured"] = measured(args.methods.split(","), [int(n) for n in args.nodes.split(",")], args.size, args.epochs)
     for name, table in tables.items():
         print(f"\n{table}")
         if args.page:
