@@ -102,6 +102,10 @@ class Site:
     def kill_head(self) -> None:
         self.cluster.remove_node(self.cluster.head_node, allow_graceful=False)
 
+    @property
+    def headless(self) -> bool:
+        return self.cluster.head_node is None
+
     def replace(self) -> None:
         """What is left of a cluster without a head goes; a new cluster comes."""
         for node in list(self.cluster.worker_nodes):
