@@ -26,8 +26,10 @@ from orchestrate.audit_cause import Trigger, Word
 from orchestrate.data.index import Dataset, fingerprint, open_dataset
 from orchestrate.pairing import draw_pool
 from orchestrate.progress import Phase
-from orchestrate.recipe import DROP, Recipe
+from orchestrate.reading import planned, read_images
+from orchestrate.recipe import AUDIT, DROP, Recipe
 
+AUDITED = "audit.json"  # written last: who has it is done
 LOOK = 20, 400  # suspicious pairs, at least and at most, in which something in common is looked for
 # Captions of the pool: RoCLIP's share of the pairs, at least and at most so many (ours). Pool times pairs is what an audit costs, and the
 # pool's features are every actor's memory: with a share alone neither would have a bound.
@@ -79,11 +81,10 @@ def audit(recipe: Recipe, out: Path, options: Options) -> dict[str, Any]:
 
     The same call goes on where a killed one stopped. ValueError for what the user can mend.
     """
-    from orchestrate.reading import read_images
-
     out = cluster.absolute(str(out))
     started = time.monotonic()
-    recipe = replace(recipe, defense=None)
+    own = recipe.data.exclude == AUDIT  # what this very audit is to find
+    recipe = replace(recipe, defense=None, data=replace(recipe.data, exclude="", drop=DROP) if own else recipe.data)
     if options.rounds:
         audit_scores.round_files(Path(options.rounds))  # what is missing is told before the work, not after it
     with journal.held(out, "an audit in "):
@@ -103,6 +104,13 @@ def audit(recipe: Recipe, out: Path, options: Options) -> dict[str, Any]:
         return _write(found, seen)
 
 
+def beforehand(recipe: Recipe, out: Path) -> Path:
+    """scores.parquet of the audit that a run with data.exclude=audit makes of its own pairs, once, in `out`."""
+    if not (out / AUDITED).exists():
+        audit(recipe, out, Options(drop=recipe.data.drop, copy_gb=0))
+    return out / "scores.parquet"
+
+
 def _check(recipe: Recipe, has: dict[str, float]) -> None:
     c = recipe.cluster
     for kind, each in (("CPU", c.match_cpus), ("GPU", c.match_gpus)):
@@ -118,7 +126,7 @@ def _check(recipe: Recipe, has: dict[str, float]) -> None:
 
 def _found(recipe: Recipe, options: Options, out: Path, dataset: Dataset, images: Any) -> Audit:
     """The pairs to score: the recipe's training set; where nothing is planted, held-out pairs cut from the same files too."""
-    ready = prepared.plan(recipe, dataset)
+    ready = planned(recipe, dataset, images)
     table, parts = ready.table, [""] * ready.table.num_rows
     if ready.manifest:
         names = sorted((part["name"] for part in ready.manifest.header["parts"]), key=len, reverse=True)
@@ -159,7 +167,7 @@ def _score(found: Audit, model: Any, cfg: dict[str, Any]) -> None:
     _claim(folder, _plan(found, weights))
     began = time.monotonic()
     fresh = 0
-    with Phase("score", count, "pair") as phase:
+    with cluster.native_stderr(found.out / "ray.log"), Phase("score", count, "pair") as phase:
         for number, done in enumerate(audit_actors.run(work, folder, items)):
             fresh = fresh if number else done
             rate = (done - fresh) / max(1e-6, time.monotonic() - began)
@@ -265,5 +273,5 @@ def _write(found: Audit, seen: Seen) -> dict[str, Any]:
     shown = audit_page.Shown(seen.rows, seen.images)
     page = found.out / "audit.html"
     audit_page.write(page, facts, scores, found.table, found.parts, nearest, found.pool, shown, seen.words, seen.trigger)
-    journal.replace(found.out / "audit.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+    journal.replace(found.out / AUDITED, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
     return facts

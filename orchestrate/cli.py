@@ -172,6 +172,9 @@ def _run(args: argparse.Namespace) -> None:
     print(text_table(results))
     folders = [Path(result["run"]) for result in results]
     print("\n" + "\n".join(f"run: {folder}" for folder in folders))
+    for audit in (folder / "audit" / "audit.html" for folder in folders):
+        if audit.exists():
+            print(f"audit: {audit}")
     page = folders[0] / "report.html"
     if len(found) > 1:
         page = folders[0].parent / f"{args.recipe}-{_joint(found)}" / "report.html"

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -91,6 +92,24 @@ def connected(cluster: Cluster, dashboard: bool = False) -> Iterator[dict[str, f
     finally:
         if mine:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def native_stderr(file: Path) -> Iterator[None]:
+    """What libraries in C++ write to the terminal goes to `file` for the length of the block; what Python writes there stays.
+
+    Where a driver makes actors that may start again, Ray's own library warns of it, at a level that only silence for all of Ray turns off.
+    """
+    terminal, shown = os.dup(2), sys.stderr
+    with file.open("ab") as target, os.fdopen(terminal, "w", buffering=1, encoding="utf-8", errors="replace") as python:
+        os.dup2(target.fileno(), 2)
+        if shown is sys.__stderr__:
+            sys.stderr = python
+        try:
+            yield
+        finally:
+            sys.stderr = shown
+            os.dup2(terminal, 2)
 
 
 def put(value: Any) -> Any:

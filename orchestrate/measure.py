@@ -13,7 +13,7 @@ WORST, BACKDOOR, SECONDS = "asr", "asr/backdoor", "seconds"
 MADE = {
     WORST: "the largest success of any attack",
     BACKDOOR: "the largest success of any backdoor",
-    SECONDS: "training and matching, in seconds",
+    SECONDS: "training, matching and the run's own audit, in seconds",
 }
 
 
@@ -24,7 +24,7 @@ def value(result: Result, metric: str) -> float | None:
     if (name := attack_of(result, metric)) is not None:
         return finite(result[f"asr/{name}"])
     if metric == SECONDS:
-        parts = [finite(result.get(f"seconds/{kind}")) for kind in ("train", "match")]
+        parts = [finite(result.get(f"seconds/{kind}")) for kind in ("train", "match", "audit")]
         return None if parts[0] is None else sum(part or 0.0 for part in parts)
     return None
 

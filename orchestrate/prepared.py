@@ -24,7 +24,7 @@ from orchestrate import audit_scores
 from orchestrate.data import reader
 from orchestrate.data.index import Dataset, fingerprint
 from orchestrate.data.pixels import REFERENCE, Pixels
-from orchestrate.recipe import Cluster, Recipe
+from orchestrate.recipe import AUDIT, Cluster, Recipe
 
 PROBE_SALT = "probe"
 Load = Callable[[pa.Table], np.ndarray]
@@ -40,8 +40,11 @@ def build_defense(recipe: Recipe) -> Defense:
 
 
 def needs(recipe: Recipe, streaming: bool | None = None) -> tuple[Cluster, bool, bool]:
-    """What `capacity` counts: the recipe's cluster, whether it matches, whether it streams (before its set is known: where it says so)."""
-    matching = bool(build_defense(recipe).rounds(recipe.train.epochs))
+    """What `capacity` counts: the recipe's cluster, whether it matches or audits, and whether it streams.
+
+    Before its set is known (`streaming` None) a recipe streams where it says so.
+    """
+    matching = bool(build_defense(recipe).rounds(recipe.train.epochs)) or recipe.data.exclude == AUDIT  # whose actors are alike
     return recipe.cluster, matching, recipe.data.stream == "always" if streaming is None else streaming
 
 
@@ -81,12 +84,16 @@ def without_unreadable(dataset: Dataset, bad: Sequence[tuple[str, str]], max_bad
 def plan(recipe: Recipe, dataset: Dataset, load: Load | None = None) -> Prepared:
     """Poison on paper: the manifest, the table it makes less what an audit leaves out of it, and the probes that measure it.
 
+    What the run's own audit is to find (data.exclude=audit) is not known yet: see `without_suspects`.
     `load`: index rows → pixels, for attacks that study the set; decoded from its files where it is not given.
     """
     ready = _poisoned(recipe, dataset, load)
-    if not recipe.data.exclude:
-        return ready
-    return replace(ready, table=audit_scores.without(ready.table, recipe.data.exclude, recipe.data.drop))
+    return ready if recipe.data.exclude in ("", AUDIT) else without_suspects(ready, recipe.data.exclude, recipe.data.drop)
+
+
+def without_suspects(ready: Prepared, scores: str, drop: int | float) -> Prepared:
+    """Less the pairs that rank highest in a scores.parquet, so many or such a share of them."""
+    return replace(ready, table=audit_scores.without(ready.table, scores, drop))
 
 
 def left_out(ready: Prepared) -> tuple[int, int]:
@@ -122,7 +129,8 @@ def unpoisoned(index: pa.Table, seed: int) -> pa.Table:
 def plan_key(recipe: Recipe, dataset: Dataset) -> str:
     """Recipes of equal keys have equal plans on this data set."""
     attack = recipe.attack.as_dict() if recipe.attack else None
-    return json.dumps([fingerprint(dataset), attack, recipe.seed, recipe.data.exclude, recipe.data.drop], sort_keys=True)
+    left = [] if recipe.data.exclude in ("", AUDIT) else [recipe.data.exclude, recipe.data.drop]
+    return json.dumps([fingerprint(dataset), attack, recipe.seed, *left], sort_keys=True)
 
 
 def write(run_dir: Path, prepared: Prepared) -> None:

@@ -23,6 +23,7 @@ from orchestrate.secrets import credentials, masked
 from orchestrate.values import coerce
 
 DROP = 0.01  # share of the pairs that an audit gives up by default
+AUDIT = "audit"  # as data.exclude: by an audit that the run makes itself, first
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Data:
     memory_gb: float = 8.0  # stream=auto: decoded sets above this stream
     seed: int = 0  # of selection and made captions
     cache: str = "~/.cache/antidote"  # where generated sets are kept
-    exclude: str = ""  # a scores.parquet that `antidote audit` wrote: train without its most suspicious pairs
+    exclude: str = ""  # train without the most suspicious pairs of an audit: its scores.parquet, or "audit": the run makes one first
     drop: int | float = DROP  # of them so many: a count, or a share of the audited pairs; 0 = none
 
     def __post_init__(self) -> None:
         _above(self, 0, "max_pixels")
         _least(self, 0, "side", "memory_gb", "seed", "drop")
         if self.drop != DROP and not self.exclude:
-            raise ValueError(f"data.drop={self.drop}: say by which audit, as data.exclude=…/scores.parquet.")
+            raise ValueError(f"data.drop={self.drop}: say by which audit, as data.exclude={AUDIT} or data.exclude=…/scores.parquet.")
         if credentials(self.path):
             raise ValueError(
                 f"data.path={masked(self.path)}: keep keys out of recipes, which are logged; set them in the environment of each node "
@@ -203,7 +204,7 @@ class Recipe:
             del tree[key]
         del tree["data"]["cache"]
         if self.data.exclude:
-            tree["data"]["exclude"] = _content(self.data.exclude)
+            tree["data"]["exclude"] = AUDIT if self.data.exclude == AUDIT else _content(self.data.exclude)
         else:  # so that runs without an audit keep the identities they had before there were any
             del tree["data"]["exclude"], tree["data"]["drop"]
         text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
@@ -249,7 +250,7 @@ def resolve(name: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resol
         if path in tree and origins[path] == origin:
             raise ValueError(f"{path} is given twice: as {key} and by its other name.")
         tree[path] = value if path in METHODS else coerce(value, known[path], path)
-        if path == "data.exclude" and tree[path]:
+        if path == "data.exclude" and tree[path] not in ("", AUDIT):
             tree[path] = os.path.abspath(os.path.expanduser(tree[path]))  # a sweep's trials run in folders of their own
         origins[path] = origin
     recipe = Recipe(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from orchestrate.recipe import Data, Resolved, resolve
+from orchestrate.recipe import AUDIT, Data, Resolved, resolve
 
 Layer = Mapping[str, Any]
 
@@ -79,6 +79,10 @@ METHODS: dict[str, Part] = {
     "otcclip": Part("OTCCLIP: the same by optimal transport between patches and words, which the loss aligns too", {"defense": "otcclip"}),
     "safeclip": Part("SafeCLIP: captions teach only the pairs that agree, a few more each epoch", {"defense": "safeclip"}),
     "cleanclip": Part("CleanCLIP: no defence, then a repair on trusted pairs", {"defense": "cleanclip"}),
+    "audited": Part(
+        "no defence, but an audit first: the 5 % it suspects most are left out",
+        {"defense": "clip", "data.exclude": AUDIT, "data.drop": 0.05},
+    ),
     "hint": Part("HINT: no defence of the encoder; its linear probe, poisoned, with healthy noise and without", {"defense": "hint"}),
 }
 

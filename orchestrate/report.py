@@ -184,7 +184,7 @@ def _row(run: Run, names: Sequence[str]) -> dict[str, Any]:
         "successes": [_bar(success(run.result, name)) for name in names],
         "poison": [count, rate.strip("()")],
         "train": duration(run.result.get("seconds/train")),
-        "match": duration(run.result.get("seconds/match")),
+        "others": {"matching": duration(run.result.get("seconds/match")), "audit": duration(run.result.get("seconds/audit"))},
     }
 
 

@@ -149,14 +149,16 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     probed = any(finite(result.get("probe/top1")) is not None for result in results)
     found = any(finite(result.get("retrieval/r1")) is not None for result in results)
     head = ["defence", "zero-shot", *(["probe"] if probed else []), *(["retrieval R@1"] if found else [])]
-    head += [f"ASR {name}" for name in names] + ["poison", "training", "matching"]
+    audited = any(finite(result.get("seconds/audit")) is not None for result in results)
+    head += [f"ASR {name}" for name in names] + ["poison", "training", "matching", *(["audit"] if audited else [])]
     rows = []
     for label, result in zip(labels(results), results, strict=True):
         row = [label, percent(result.get("zeroshot/top1"))]
         row += [percent(result.get("probe/top1"))] if probed else []
         row += [percent(result.get("retrieval/r1"))] if found else []
         row += [str(success(result, name) or MISSING) for name in names]
-        rows.append([*row, poison(result), duration(result.get("seconds/train")), duration(result.get("seconds/match"))])
+        row += [poison(result), duration(result.get("seconds/train")), duration(result.get("seconds/match"))]
+        rows.append([*row, *([duration(result.get("seconds/audit"))] if audited else [])])
     return head, rows
 
 

@@ -28,7 +28,7 @@ from orchestrate.storage import CHECKPOINTS, Store
 RESULT = "result.json"
 SHOWN = 8  # examples of each kind in the gallery
 TABLES = ("manifest.parquet", "quarantine.parquet", "rounds", "plans.parquet")
-ARTIFACTS = ("recipe.json", "data.json", *TABLES, "model", RESULT, "report.html")
+ARTIFACTS = ("recipe.json", "data.json", *TABLES, "model", RESULT, "report.html", "audit/audit.html", "audit/scores.parquet")
 TOLD = ("kind", "epoch", "step", "time", "seconds")  # of an evaluation's record, about the record
 MATCHED = ("poisoned_kept", "clean_kept", "moved")  # of the last matching round, in result.json
 SELECTED = ("share", "poison_in_safe", "poisoned_safe")  # of the last selection
@@ -146,6 +146,8 @@ def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] 
     if recipe.data.exclude:
         removed, found = left_out(ready)
         result |= {"audit/removed": removed, "audit/share": removed / (removed + ready.table.num_rows), "audit/poison_removed": found}
+    if (told := folder / "audit" / "audit.json").exists():  # the run's own, which it paid for
+        result["seconds/audit"] = json.loads(told.read_text())["seconds"]
     rounds = [r for r in records if r["kind"] == "match"]
     shares = {k: v for k, v in (rounds[-1] if rounds else {}).items() if k in MATCHED or k.startswith("quality/")}
     result |= {f"match/{name}": share for name, share in shares.items()}

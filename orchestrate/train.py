@@ -30,7 +30,7 @@ from orchestrate import recipe as recipes
 from orchestrate.data.index import open_dataset
 from orchestrate.data.pixels import Pixels
 from orchestrate.progress import Phase
-from orchestrate.recipe import Recipe
+from orchestrate.recipe import AUDIT, Recipe
 from orchestrate.storage import CHECKPOINTS, Store
 from orchestrate.track import STATE, Tracker
 
@@ -62,7 +62,9 @@ def fit(recipe: Recipe, *, force: bool = False, tags: Mapping[str, str] | None =
         told = rundir.tags(recipe) | dict(tags or {})
         tracker = Tracker.start(folder, recipe.track.uri, recipe.track.experiment or recipe.name, rundir.parameters(recipe), told)
         try:
-            result = _run(recipe, folder, tracker)
+            # An audit reads and plans what the run then reads and plans: in one session both are done once.
+            with cluster.connected(recipe.cluster) if recipe.data.exclude == AUDIT else contextlib.nullcontext():
+                result = _run(recipe, folder, tracker, _audited(recipe, folder))
         except BaseException as error:
             tracker.finish(
                 "killed" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
@@ -72,7 +74,18 @@ def fit(recipe: Recipe, *, force: bool = False, tags: Mapping[str, str] | None =
         return result
 
 
-def _run(recipe: Recipe, folder: Path, tracker: Tracker) -> dict[str, Any]:
+def _audited(recipe: Recipe, folder: Path) -> str:
+    """scores.parquet of the audit that this run makes first, "" where it makes none. It trains a model of its own, by `fit`."""
+    if recipe.data.exclude != AUDIT:
+        return ""
+    from orchestrate.audit import beforehand
+
+    scores = beforehand(recipe, folder / "audit")
+    Store.of(recipe).push(folder, [file.relative_to(folder).as_posix() for file in (folder / "audit").iterdir() if file.is_file()])
+    return str(scores)
+
+
+def _run(recipe: Recipe, folder: Path, tracker: Tracker, scores: str) -> dict[str, Any]:
     started = time.monotonic()
     with Phase("data") as phase:
         dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
@@ -82,6 +95,7 @@ def _run(recipe: Recipe, folder: Path, tracker: Tracker) -> dict[str, Any]:
         cluster.check_storage(Store.of(recipe), recipe.cluster)
         dataset, images = reading.read_images(recipe, dataset, streaming)
         ready = reading.planned(recipe, dataset, images)
+        ready = prepared.without_suspects(ready, scores, recipe.data.drop) if scores else ready
         prepared.check_size(recipe, ready.table)
         prepared.write(folder, ready)
         inputs, pixels = _inputs(recipe, ready, images)

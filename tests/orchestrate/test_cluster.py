@@ -246,3 +246,19 @@ def test_runs_at_once_never_ask_for_more_than_there_is(settings, matching, cpus)
     at_once = capacity.slots(settings, matching, False, nodes)
     for kind in ("CPU", "GPU"):
         assert at_once == 1 or at_once * wanted[kind] <= sum(cpus) + 1e-3
+
+
+def test_what_libraries_write_to_the_terminal_goes_to_a_file_and_what_python_writes_does_not(tmp_path):
+    script = f"""
+import os, sys
+from pathlib import Path
+from orchestrate.cluster import native_stderr
+with native_stderr(Path({str(tmp_path / "log")!r})):
+    os.write(2, b"from a library\\n")
+    print("from Python", file=sys.stderr)
+os.write(2, b"afterwards\\n")
+print("and after", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "from Python\nafterwards\nand after\n", done.stderr
+    assert (tmp_path / "log").read_text() == "from a library\n"

@@ -321,3 +321,7 @@ def test_plans_are_shared_by_recipes_of_one_data_set_attack_and_seed(tmp_path):
         assert prepared.plan_key(other, dataset) != prepared.plan_key(one, dataset)
     less = dataclasses.replace(dataset, train=dataset.train.slice(1))
     assert prepared.plan_key(one, less) != prepared.plan_key(one, dataset)
+    audited = small.recipe(folder, data__exclude="audit", data__drop=0.05)
+    assert prepared.plan_key(audited, dataset) == prepared.plan_key(one, dataset)
+    assert prepared.plan(audited, dataset).table.equals(prepared.plan(one, dataset).table), "not known before there is an audit"
+    assert prepared.needs(audited)[1] and not prepared.needs(small.recipe(folder, defense="clip"))[1]

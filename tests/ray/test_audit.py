@@ -50,3 +50,28 @@ def test_an_audit_that_is_killed_goes_on_where_it_was(antidote: Antidote) -> Non
     assert set(kept) == {i for i, r in zip(scores["id"].to_pylist(), rank, strict=True) if r > 20}
     poison = [i.startswith("poison-") for i in scores["id"].to_pylist()]
     assert facts["poison_removed"] >= int(np.sum(np.array(poison) & (rank <= 20))) > 0
+
+
+def test_a_run_that_audits_its_own_pairs_is_the_audit_and_the_run_without_its_worst(antidote: Antidote) -> None:
+    """Killed while it audits, gone on with, and equal to the two commands that it stands for."""
+    small = (*SET, *POISON, "train.epochs=2", "evaluate.probe=false", "track.uri=none", "cluster.match_cpus=0.25")
+    process = antidote.start("run", "audited", *small)
+    antidote.until(lambda: list(antidote.runs.glob("*/audit/model/*/metrics.jsonl")), process)
+    process.kill()
+    process.wait()
+    code, printed, error = antidote.run("run", "audited", *small)
+    assert code == 0 and "core_worker" not in error, error
+    [result] = antidote.results()
+    folder = next(antidote.runs.iterdir())
+    assert "Audit, 5.1 % removed" in printed and f"audit: {folder}/audit/audit.html" in printed
+    assert result["audit/removed"] == 17 and 0 < result["audit/poison_removed"] <= 17 and result["seconds/audit"] > 0  # 5 % of 332
+    [young] = folder.glob("audit/model/*/metrics.jsonl")
+    epochs = [json.loads(line)["epoch"] for line in young.read_text().splitlines() if '"train"' in line]
+    assert epochs == list(range(1, 9)), "the young model's epochs were trained twice, or not at all"
+
+    code, _, error = antidote.run("run", "clip", *small, f"data.exclude={folder}/audit/scores.parquet", "data.drop=0.05")
+    assert code == 0, error
+    twice = antidote.results()[-1]
+    assert twice["identity"] != result["identity"]
+    for name in ("zeroshot/top1", "retrieval/r1", "asr/targeted/hits", "asr/badnets/hits", "audit/poison_removed"):
+        assert twice[name] == result[name], name
