@@ -300,7 +300,11 @@ def item_s(few: int = 100, many: int = 400) -> float:
         items = [{"epoch": 1, "kind": 1, "start": i, "stop": i + 1} for i in range(count)]
         data = cluster.quiet_data(in_order=True)
         found = data.from_items(items, override_num_blocks=count).map_batches(
-            Idle, batch_size=None, compute=data.ActorPoolStrategy(size=1), num_cpus=1, allow_out_of_order_execution=False
+            Idle,
+            batch_size=None,
+            compute=data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),
+            num_cpus=1,
+            allow_out_of_order_execution=False,
         )
         batches = iter(found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"))
         next(batches)  # the actor is up

@@ -38,6 +38,7 @@ from orchestrate.storage import Store
 CAPTIONS, IMAGES = 0, 1  # kinds of work items
 SHARES = 8  # items an actor gets of a large set's images: actors end within an eighth of each other, and one driver hands out all items
 KEPT = 2  # finished rounds held for workers that start again from a checkpoint
+IDLE = 2  # executions in a row that may be lost without a finished item
 ATTEMPTS = 5  # more of an item whose actor or node died; what kills its actor each time does so for a reason
 LOST = (ray.exceptions.ActorUnavailableError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)  # the fault is not the item's
 NO_MEMORY = "lower cluster.match_batch or the pool, or give matching actors a node with more memory."
@@ -227,11 +228,14 @@ class Rounds:
         items = work_items(epochs, {e: len(p.ids) for e, p in self.pools.items()}, self.table.num_rows, c.match_batch, c.match_actors)
         for item in items:
             self.wanted.setdefault((item["epoch"], item["kind"]), []).append(item["start"])
+        idle = 0  # executions in a row that were lost before they finished anything: not the nodes' fault for ever
         for attempt in range(ATTEMPTS + 1):
+            done = len(self.taken)
             try:
                 return self._execute([item for item in items if _place(item) not in self.taken], me)
             except Exception as error:
-                if attempt == ATTEMPTS or not any(isinstance(layer, LOST) for layer in cluster.layers(error)):
+                idle = idle + 1 if len(self.taken) == done else 0
+                if attempt == ATTEMPTS or idle == IDLE or not any(isinstance(layer, LOST) for layer in cluster.layers(error)):
                     raise
 
     def _execute(self, items: list[dict[str, int]], me: Any) -> None:
@@ -255,7 +259,9 @@ class Rounds:
                 MatchActor,
                 fn_constructor_args=(me, spec),
                 batch_size=None,
-                compute=data.ActorPoolStrategy(size=group.bundle_count if group else c.match_actors),
+                # One item at a time: of two that an actor holds when it dies, its successor may be given the later one first, and if that
+                # is of a later round, both rounds wait for each other.
+                compute=data.ActorPoolStrategy(size=group.bundle_count if group else c.match_actors, max_tasks_in_flight_per_actor=1),
                 num_cpus=c.match_cpus,
                 num_gpus=c.match_gpus or None,
                 max_restarts=-1,
@@ -326,8 +332,11 @@ def _told(error: BaseException) -> str:
     inner = cluster.innermost(error)
     if isinstance(inner, MemoryError):
         return str(inner)
-    if isinstance(inner, ray.exceptions.ActorDiedError):
-        return f"an actor died {ATTEMPTS + 1} times of the same item, as where the system kills what takes too much memory: {NO_MEMORY}"
+    if any(isinstance(layer, (ray.exceptions.ActorDiedError, *LOST)) for layer in cluster.layers(error)):
+        return (
+            f"matching actors died again and again of the same item ({ATTEMPTS + 1} times or more), as where the system kills what takes "
+            f"too much memory: {NO_MEMORY}"
+        )
     return traceback.format_exc(limit=20)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from .numbers import Numbers
 from .site import elsewhere, until
 
 LIMIT_S = 400  # of a whole run; one that takes longer hangs
+SMALL = 4 << 20  # bytes that an actor out of memory may still take; a batch of the images here takes more
 PHASES = ("read", "train", "match", "evaluate", "log")
 VICTIM = {"read": "reader", "train": "worker", "match": "actor", "evaluate": "worker"}
 
@@ -136,18 +138,28 @@ def test_a_straggler_beyond_the_limit_is_named(runs: Runs) -> None:
 
 @pytest.mark.faults
 def test_an_actor_out_of_memory_is_named(runs: Runs) -> None:
-    """Its address space is bounded while it stands at the door, so that the next allocation fails as it does on a full machine."""
+    """Its address space is bounded while it stands at the door, so that no large allocation succeeds, as on a full machine. (A bound below
+    what it holds leaves it unable even to say so: then the workers' own wait, `cluster.timeout_s`, ends the run.)"""
     import resource
 
     runs.site.desk.close("match")
     with table.timed() as seconds:
         process = runs.antidote.start("run", *runs.words())
-        [actor] = reach(runs, "match", process)
-        resource.prlimit(actor, resource.RLIMIT_AS, (1 << 20, 1 << 20))
-        runs.site.desk.clear()
-        _, err = process.communicate(timeout=LIMIT_S)
+        try:
+            [actor] = reach(runs, "match", process)
+            bound = address_space(actor) + SMALL
+            resource.prlimit(actor, resource.RLIMIT_AS, (bound, bound))
+            runs.site.desk.clear()
+            _, err = process.communicate(timeout=LIMIT_S)
+        finally:
+            process.kill()
     assert process.returncode == 1 and "memory" in err and "cluster.match_batch" in err, err
     table.note("match", "an actor out of memory", "refused: names cluster.match_batch", seconds(), None)
+
+
+def address_space(pid: int) -> int:
+    """Bytes."""
+    return 1024 * int(next(line for line in (Path("/proc") / str(pid) / "status").read_text().splitlines() if "VmSize" in line).split()[1])
 
 
 @pytest.mark.faults
@@ -164,7 +176,10 @@ def test_an_actor_that_dies_of_every_attempt_is_given_up(runs: Runs) -> None:
                 dead.add(pid)
             return process.poll() is not None
 
-        until(another, "the end of the run", LIMIT_S)
+        try:
+            until(another, "the end of the run", LIMIT_S)
+        finally:
+            process.kill()
         err = process.communicate()[1]
     assert process.returncode == 1 and "matching" in err and "memory" in err, err
     table.note("match", f"an actor killed at every attempt ({len(dead)})", "refused: names the item and memory", seconds(), None)
