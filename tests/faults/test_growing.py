@@ -91,7 +91,8 @@ def test_a_run_on_a_cluster_without_workers_starts_a_node_and_ends(
     """The driver knows how far the cluster grows by what `ray up` leaves on a head."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(growing.config))
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(Path.home() / ".ray" / "auth_token"))
+    if (keys := Path.home() / ".ray").is_dir():  # where Ray keeps its token, the driver needs the head's
+        shutil.copytree(keys, tmp_path / "home" / ".ray")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     antidote = Antidote(tmp_path)
     words = (*WORDS, f"cluster.address={growing.address}", f"cluster.storage={tmp_path / 'shared'}")
