@@ -41,7 +41,6 @@ def examine(recipe: Recipe | None, place: cluster.Cluster, uri: str | None) -> I
     with cluster.connected(place) as has:
         yield _door(place)
         storage = _storage_of(place)
-        several = len(cluster.node_resources()) > 1
         paths = _paths(recipe)
         store = mlflow_uri.resolve(uri, cluster.absolute(place.runs))
         with _marked(storage) as (mark, failure):
@@ -51,9 +50,11 @@ def examine(recipe: Recipe | None, place: cluster.Cluster, uri: str | None) -> I
                     f"{masked(storage)}: {failure}",
                     "give cluster.runs= (or cluster.storage=) a place that this machine may write to.",
                 )
-            args = (probe.pins(), storage if not failure else "", mark, paths, store if several or not _is_file(store) else "")
+            args = (probe.pins(), storage if not failure else "", mark, paths, "" if _is_file(store) else store)
             answers = cluster.on_every_node(probe.look, lambda node: (args[0], node["Resources"].get("GPU", 0) > 0, *args[1:]), ANSWER_S)
         yield from judge(answers, place, storage if not failure else "", store)
+        if _is_file(store):
+            yield file_store(store)
         yield _size()
         if recipe is not None:
             yield plan(recipe, place, has, [answer.resources for answer in answers if not answer.error], cluster.ceiling())
@@ -88,6 +89,17 @@ def judge(answers: Sequence[Answer], place: cluster.Cluster, storage: str, store
             "the dashboard is closed to the outside",
             "start the head with --dashboard-host=127.0.0.1 and use a tunnel.",
         )
+
+
+def file_store(store: str) -> Finding:
+    """A store in a file is this machine's: the driver writes it, and Ray Train's controller, which lies on the driver's node."""
+    folder = mlflow_uri.sqlite_path(store).parent
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if there.is_dir() and os.access(there, os.W_OK):
+        return Finding("mlflow", f"{store} is written by this machine alone")
+    return Finding(
+        "mlflow", f"{store}: {there} may not be written", "give track.uri= or cluster.runs= a place that this machine may write to."
+    )
 
 
 def plan(

@@ -51,7 +51,8 @@ class Growing:
         words = [str(Path(sys.prefix) / "bin" / "ray"), "start", "--head", "--block", "--num-cpus=0", "--include-dashboard=false"]
         words += [f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self.folder}"]
         words += [f"--autoscaling-config={self.folder / 'cluster.yaml'}", "--disable-usage-stats"]
-        env = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        self.auth = "token" if (Path.home() / ".ray" / "auth_token").is_file() else "disabled"  # said on both sides, or they guess apart
+        env = {**os.environ, "RAY_AUTH_MODE": self.auth, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
         self.log = (self.folder / "start.log").open("wb")
         self.process = subprocess.Popen(words, env=env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
         until(lambda: b"Ray runtime started" in (self.folder / "start.log").read_bytes(), "the head", 240)
@@ -91,8 +92,9 @@ def test_a_run_on_a_cluster_without_workers_starts_a_node_and_ends(
     """The driver knows how far the cluster grows by what `ray up` leaves on a head."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(growing.config))
-    if (keys := Path.home() / ".ray").is_dir():  # where Ray keeps its token, the driver needs the head's
-        shutil.copytree(keys, tmp_path / "home" / ".ray")
+    if growing.auth == "token":
+        shutil.copytree(Path.home() / ".ray", tmp_path / "home" / ".ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", growing.auth)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     antidote = Antidote(tmp_path)
     words = (*WORDS, f"cluster.address={growing.address}", f"cluster.storage={tmp_path / 'shared'}")

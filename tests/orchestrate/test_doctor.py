@@ -166,6 +166,14 @@ def test_a_store_answers_refuses_or_is_silent(server: str, tmp_path: Path, monke
     assert "no directory" in probe.answer(f"sqlite:///{tmp_path}/none/mlflow.db")
 
 
+def test_a_store_in_a_file_needs_a_place_that_this_machine_may_write_to(tmp_path: Path):
+    """Its folder is made with the first run: that there is none yet is no fault."""
+    found = doctor.file_store(f"sqlite:///{tmp_path}/none/yet/mlflow.db")
+    assert found.well and "this machine alone" in found.text
+    (tmp_path / "file").write_text("")
+    assert not doctor.file_store(f"sqlite:///{tmp_path}/file/mlflow.db").well
+
+
 def test_what_is_shipped_is_measured_as_ray_packs_it():
     assert 100_000 < cluster.shipped_bytes() < 5_000_000
 
