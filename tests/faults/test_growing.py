@@ -22,6 +22,13 @@ from . import table
 from .numbers import WORDS, Numbers
 from .site import until
 
+PORT = 6379  # Ray's provider of made-up nodes knows no other port of a head
+
+
+def taken() -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", PORT)) == 0
+
 
 class Growing:
     """A head without CPUs, and an autoscaler that may add one node of two. Its processes are known by their folder in /tmp."""
@@ -45,11 +52,9 @@ class Growing:
         self.config |= {f"{kind}setup_commands": [] for kind in ("", "head_", "worker_")}
         self.config |= {f"{kind}_start_ray_commands": [] for kind in ("head", "worker")}
         (self.folder / "cluster.yaml").write_text(yaml.safe_dump(self.config))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.address = f"127.0.0.1:{PORT}"
         words = [str(Path(sys.prefix) / "bin" / "ray"), "start", "--head", "--block", "--num-cpus=0", "--include-dashboard=false"]
-        words += [f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self.folder}"]
+        words += [f"--port={PORT}", f"--temp-dir={self.folder}"]
         words += [f"--autoscaling-config={self.folder / 'cluster.yaml'}", "--disable-usage-stats"]
         self.auth = "token" if (Path.home() / ".ray" / "auth_token").is_file() else "disabled"  # said on both sides, or they guess apart
         env = {**os.environ, "RAY_AUTH_MODE": self.auth, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
@@ -80,6 +85,8 @@ class Growing:
 
 @pytest.fixture
 def growing() -> Iterator[Growing]:
+    if taken():
+        pytest.skip(f"port {PORT} is taken, by another Ray?")
     cluster = Growing()
     yield cluster
     cluster.stop()
