@@ -137,7 +137,7 @@ def test_a_straggler_beyond_the_limit_is_named(runs: Runs) -> None:
 
 
 @pytest.mark.faults
-def test_an_actor_out_of_memory_is_named(runs: Runs) -> None:
+def test_an_actor_out_of_memory_is_named_or_replaced(runs: Runs, undisturbed: Numbers) -> None:
     """Its address space is bounded while it stands at the door, so that no large allocation succeeds, as on a full machine. (A bound below
     what it holds leaves it unable even to say so: then the workers' own wait, `cluster.timeout_s`, ends the run.)"""
     import resource
@@ -153,6 +153,11 @@ def test_an_actor_out_of_memory_is_named(runs: Runs) -> None:
             _, err = process.communicate(timeout=LIMIT_S)
         finally:
             process.kill()
+    if process.returncode == 0:  # it died of it, as where a library gives up instead of saying so: its successor has no bound
+        found = Numbers.of(runs.antidote)
+        table.note("match", "an actor out of memory", "its successor went on", seconds(), found.distance(undisturbed))
+        assert found == undisturbed
+        return
     assert process.returncode == 1 and "memory" in err and "cluster.match_batch" in err, err
     table.note("match", "an actor out of memory", "refused: names cluster.match_batch", seconds(), None)
 
