@@ -283,28 +283,30 @@ def block_results() -> list[str]:
 
 def block_sweeps() -> list[str]:
     """For each file of a sweep: a row for each setting."""
-    lines: list[str] = []
-    for file in sorted(SWEEPS.glob("*.json")):
-        found = json.loads(file.read_text())
-        runs = [compare.Run(Path(), run["at"], run["result"]) for run in found["runs"]]
-        lines += [f"## {found['title']}", "", "```sh", found["command"], "```", ""]
+
+    def rows(found: Mapping[str, Any], runs: list[compare.Run]) -> str:
         names = [*compare.metrics(runs), "seconds/match", "match/quality/cosine/clean"]
         names = [name for name in names if any(measure.value(run.result, name) is not None for run in runs)]
-        lines += [*compare.table(compare.group(runs, found["by"]), names, "markdown").splitlines(), "", found["note"], ""]
-        lines += [f"*{origin([run.result for run in runs])}*", ""]
-    return lines[:-1] or ["*No sweeps here yet: `python docs/build.py --sweep NAME RUN…` puts them in.*"]
+        return compare.table(compare.group(runs, found["by"]), names, "markdown")
+
+    return of_runs(SWEEPS, rows) or ["*No sweeps here yet: `python docs/build.py --sweep NAME RUN…` puts them in.*"]
 
 
 def block_matrices() -> list[str]:
     """For each file of a matrix: attacks × defences."""
+    rows = lambda found, runs: compare.laid_out(*compare_matrix.matrix(runs), "markdown", by=2)
+    return of_runs(MATRICES, rows) or ["*No matrix here yet: `python docs/build.py --matrix NAME RUN…` puts one in.*"]
+
+
+def of_runs(folder: Path, rows: Callable[[Mapping[str, Any], list[compare.Run]], str]) -> list[str]:
+    """A section for each file of runs in the folder, around the table that `rows` makes of it."""
     lines: list[str] = []
-    for file in sorted(MATRICES.glob("*.json")):
+    for file in sorted(folder.glob("*.json")):
         found = json.loads(file.read_text())
         runs = [compare.Run(Path(), run["at"], run["result"]) for run in found["runs"]]
         lines += [f"## {found['title']}", "", "```sh", found["command"], "```", ""]
-        lines += [*compare.laid_out(*compare_matrix.matrix(runs), "markdown", by=2).splitlines(), "", found["note"], ""]
-        lines += [f"*{origin([run.result for run in runs])}*", ""]
-    return lines[:-1] or ["*No matrix here yet: `python docs/build.py --matrix NAME RUN…` puts one in.*"]
+        lines += [*rows(found, runs).splitlines(), "", found["note"], "", f"*{origin([run.result for run in runs])}*", ""]
+    return lines[:-1]
 
 
 def block_audits() -> list[str]:
@@ -485,15 +487,19 @@ def collect_sweep(name: str, folders: Sequence[Path], by: str, title: str | None
     """docs/sweeps/NAME.json from runs and sweeps; by: the paths that make a row, by comma, "" = all that varies but the seed."""
     runs = compare.load(folders)
     paths = [compare.check_path(path, runs) for path in by.split(",")] if by else compare.varying(runs)
-    told = [{"at": {path: run.at(path) for path in paths} | {"seed": run.seed}, "result": published(dict(run.result))} for run in runs]
+    told = [told_at(run, paths) for run in runs]
     return kept(SWEEPS / f"{name}.json", {"title": title, "command": command, "note": note}, {"by": paths, "runs": told})
+
+
+def told_at(run: compare.Run, paths: Sequence[str]) -> dict[str, Any]:
+    """A run as a file keeps it: its values in the paths, its seed and its result."""
+    return {"at": {path: run.at(path) for path in paths} | {"seed": run.seed}, "result": published(dict(run.result))}
 
 
 def collect_matrix(name: str, folders: Sequence[Path], title: str | None, command: str | None, note: str | None) -> Path:
     """docs/matrices/NAME.json from runs and sweeps."""
     runs = compare.load(folders)
-    at = [{path: run.at(path) for path in run.flat if path.startswith(("attack.", "defense."))} | {"seed": run.seed} for run in runs]
-    told = [{"at": where, "result": published(dict(run.result))} for where, run in zip(at, runs, strict=True)]
+    told = [told_at(run, [path for path in run.flat if path.startswith(("attack.", "defense."))]) for run in runs]
     return kept(MATRICES / f"{name}.json", {"title": title, "command": command, "note": note}, {"runs": told})
 
 

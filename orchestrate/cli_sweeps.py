@@ -75,14 +75,14 @@ def _compare(args: argparse.Namespace) -> None:
 
     folders = [Path(run) for run in args.runs]
     runs = compare.load(folders)
-    by = [compare.check_path(path, runs) for path in _listed(args.by)] or compare.varying(runs)
-    names = [measure.check(name, compare.known(runs)) for name in _listed(args.metric)] or compare.metrics(runs)
     if args.format not in compare.FORMATS:
         raise ValueError(f"--format {args.format}: choose one of {', '.join(compare.FORMATS)}.")
-    groups = compare.group(runs, by)
     if args.matrix:
         _matrix(args, runs)
         return
+    by = [compare.check_path(path, runs) for path in _listed(args.by)] or compare.varying(runs)
+    names = [measure.check(name, compare.known(runs)) for name in _listed(args.metric)] or compare.metrics(runs)
+    groups = compare.group(runs, by)
     print(compare.table(groups, names, args.format))
     if args.format == "text" and (note := compare.averaged(runs, by)):
         print(f"\n{note}")

@@ -18,7 +18,7 @@ from typing import Any
 from orchestrate import measure, sweepdir
 from orchestrate.measure import Result
 from orchestrate.recipe import flatten
-from orchestrate.report_text import MISSING, attacks, duration
+from orchestrate.report_text import MISSING, aligned, attacks, duration, markdown
 from orchestrate.statistics import mean_interval, wilson
 
 UNLIKE = ("name", "seed", "cluster", "track", "data.cache", "identity")  # differ without making another setting
@@ -180,13 +180,9 @@ def table(groups: Sequence[Group], names: Sequence[str], form: str = "text") -> 
 
 def laid_out(head: Sequence[str], rows: Sequence[Sequence[str]], form: str, by: int) -> str:
     """Cells as aligned text, Markdown or LaTeX (booktabs), the first `by` columns to the left."""
-    if form == "markdown":
-        lines = [head, ["---"] * len(head), *rows]
-        return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
     if form == "latex":
         return _latex(head, rows, by)
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, ["─" * width for width in widths], *rows])
+    return markdown(head, rows) if form == "markdown" else aligned(head, rows)
 
 
 def cell(found: Estimate | None, metric: str) -> str:

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from orchestrate import recipes
 from orchestrate.compare import Run, cell, estimate, order
-from orchestrate.report_text import MISSING, attacks, defence, percent, poison, success, undefended
+from orchestrate.report_text import MISSING, attacks, defence, finite, percent, poison, success, undefended
 
 ACCURACY = "zero-shot, mean of the lines"
 
@@ -66,5 +66,5 @@ def _cell(runs: Sequence[Run], name: str) -> str:
 
 
 def _accuracy(runs: Sequence[Run]) -> str:
-    found = [value for run in runs if isinstance(value := run.result.get("zeroshot/top1"), float)]
+    found = [value for run in runs if (value := finite(run.result.get("zeroshot/top1"))) is not None]
     return percent(fmean(found)) if found else MISSING

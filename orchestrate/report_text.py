@@ -174,15 +174,23 @@ def poison(result: Result) -> str:
 
 def text_table(results: Sequence[Result]) -> str:
     """The table as aligned plain text, for a terminal."""
-    head, rows = table(results)
+    return aligned(*table(results))
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """The table in Markdown."""
+    return markdown(*table(results))
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as plain text in columns."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     rule = ["─" * width for width in widths]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, rule, *rows])
 
 
-def markdown_table(results: Sequence[Result]) -> str:
-    """The table in Markdown."""
-    head, rows = table(results)
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

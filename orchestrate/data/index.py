@@ -11,6 +11,7 @@ import os
 import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -79,6 +80,18 @@ class Dataset:
     quarantine: pa.Table = field(default_factory=QUARANTINE.empty_table)
     carved: bool = False  # whether the held-out pairs were taken from the training files, as the set has no others
 
+    @cached_property
+    def digest(self) -> str:
+        """See `fingerprint`; once for each data set, for it goes through every caption."""
+        digest = hashlib.blake2b(digest_size=8)
+        for table in (self.train, self.heldout):
+            digest.update(f"{table.num_rows} {json.dumps(self.classes)}".encode())
+            for batch in table.to_batches(max_chunksize=10_000):
+                columns = batch.select(["id", "caption", "label", "size"]).to_pydict()
+                names = [posixpath.basename(path) for path in batch["path"].to_pylist()]
+                digest.update(json.dumps([*columns.values(), names]).encode())
+        return digest.hexdigest()
+
 
 def open_dataset(config: Data, progress: Progress | None = None) -> Dataset:
     """The set that `data.path` names: "scenes" (built in, made on first use), a file, a folder, a glob or a URI.
@@ -114,14 +127,7 @@ def open_dataset(config: Data, progress: Progress | None = None) -> Dataset:
 
 def fingerprint(dataset: Dataset) -> str:
     """16 hex digits over ids, captions, labels, file names and sizes of both splits, in order; folders do not count."""
-    digest = hashlib.blake2b(digest_size=8)
-    for table in (dataset.train, dataset.heldout):
-        digest.update(f"{table.num_rows} {json.dumps(dataset.classes)}".encode())
-        for batch in table.to_batches(max_chunksize=10_000):
-            columns = batch.select(["id", "caption", "label", "size"]).to_pydict()
-            names = [posixpath.basename(path) for path in batch["path"].to_pylist()]
-            digest.update(json.dumps([*columns.values(), names]).encode())
-    return digest.hexdigest()
+    return dataset.digest
 
 
 def _check(config: Data) -> None:
