@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,7 @@ def _asking(args: argparse.Namespace) -> Asking:
     from orchestrate import sweepdir
 
     folder = Path(args.what)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False for many recipes by comma, which are too long for a file's name; Path.is_dir raises
         if not args.resume or args.overrides:
             raise ValueError(f"{folder} is a directory: `antidote sweep {folder} --resume` goes on with the sweep in it.")
         return sweepdir.asked(folder)

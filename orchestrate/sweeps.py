@@ -1,4 +1,4 @@
-"""Ready sweeps: `antidote sweep frequency`, `pool`, `poison-rate`, `paper-grid`, each a question that every user has.
+"""Ready sweeps: `antidote sweep frequency`, `pool`, `poison-rate`, `paper-grid`, `matrix`, each a question that every user has.
 
 A sweep is a function of a scale that returns what one would type: recipes and axes. Whatever is given on the command line wins over its
 words, and `recipe=…` over its recipes: `antidote sweep frequency-smoke recipe=roclip-stripes-smoke seed=0`.
@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from orchestrate import axes, recipes
 
 SEEDS = "seed=0..2"  # an interval over seeds wants three
+NAME = 100  # characters of a sweep's name: a directory of that name must be possible, with some behind it
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,19 @@ def paper_grid(scale: str) -> Asked:
     return Asked("paper-grid", (f"roclip-blended-{scale}",), words)
 
 
+def matrix(scale: str) -> Asked:
+    """which defence holds against which attack: every attack against everything that trains, one seed"""
+    methods = ("clip", "roclip", "otcclip", "safeclip", "augmented", "audited")  # cleanclip repairs, hint defends the probe
+    attacks = [name for name in recipes.ATTACKS if name not in ("clean", "both")]  # the floor, and a pair of two that are in
+    return Asked("matrix", tuple(f"{method}-{attack}-{scale}" for method in methods for attack in attacks), ("seed=0",))
+
+
 SWEEPS: Mapping[str, Callable[[str], Asked]] = {
     "frequency": frequency,
     "pool": pool,
     "poison-rate": poison_rate,
     "paper-grid": paper_grid,
+    "matrix": matrix,
 }
 PAPER_COUNT = 500  # poisoned pairs at the scale for which recipes.POISON sets none
 
@@ -73,13 +82,19 @@ def ask(name: str, words: Sequence[str]) -> Asked:
     given = {word.partition("=")[0]: word for word in words}
     ready = _ready(name)
     if ready is None:
-        return Asked(name.replace(",", "+").removesuffix(".json").rpartition("/")[2], tuple(name.split(",")), tuple(words))
+        return Asked(_called(name.split(",")), tuple(name.split(",")), tuple(words))
     base = tuple(given[axes.RECIPE].partition("=")[2].split(",")) if axes.RECIPE in given else ready.recipes
     kept = [word for word in ready.words if word.partition("=")[0] not in given]
     if given.keys() & {axes.RECIPE, "attack"}:  # the strength is of the attack that the sweep itself names
         kept = [word for word in kept if not word.startswith("attack.alpha=")]
     added = [word for word in words if word.partition("=")[0] != axes.RECIPE]
     return Asked(name, base, (*kept, *added), shows(ready.name))
+
+
+def _called(names: Sequence[str]) -> str:
+    """The recipes' names in one; where they are many, the first and how many more."""
+    called = "+".join(names).removesuffix(".json").rpartition("/")[2]
+    return called if len(called) <= NAME else f"{names[0].removesuffix('.json').rpartition('/')[2][:NAME]}+{len(names) - 1}"
 
 
 def _ready(name: str) -> Asked | None:

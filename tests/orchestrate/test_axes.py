@@ -200,11 +200,31 @@ def test_a_sweeps_identity_is_of_its_runs_in_any_order():
     assert ids[0] != ids[1] and axes.identity(ids[0]) == axes.identity(ids[1]) != axes.identity(ids[0][:1])
 
 
-@pytest.mark.parametrize("name", [*sweeps.SWEEPS, *(f"{name}-{scale}" for name in sweeps.SWEEPS for scale in recipes.SCALES)])
-def test_every_ready_sweep_is_a_grid_of_three_seeds(name):
+SEEDED = [name for name in sweeps.SWEEPS if name != "matrix"]
+
+
+@pytest.mark.parametrize("name", [*SEEDED, *(f"{name}-{scale}" for name in SEEDED for scale in recipes.SCALES)])
+def test_every_ready_sweep_but_the_matrix_is_a_grid_of_three_seeds(name):
     asked = sweeps.ask(name, [])
     trials = axes.grid(space(" ".join(asked.words), *asked.recipes))
     assert len(trials) >= 9 and {t.recipe.seed for t in trials} == {0, 1, 2} and asked.shows
+
+
+@pytest.mark.parametrize("scale", recipes.SCALES)
+def test_the_matrix_has_every_attack_once_against_each_defence_that_trains(scale):
+    asked = sweeps.ask(f"matrix-{scale}", [])
+    trials = axes.grid(space(" ".join(asked.words), *asked.recipes))
+    planted = {str(t.recipe.as_dict()["attack"]) for t in trials}
+    assert len(trials) == len({t.recipe.identity for t in trials}) == 6 * len(planted) == 6 * (len(recipes.ATTACKS) - 2)
+    assert {t.recipe.defense.use for t in trials} == {"clip", "augmented", "roclip", "otcclip", "safeclip"}
+    assert sum(t.recipe.data.exclude == "audit" for t in trials) == len(planted)
+
+
+def test_many_recipes_make_a_sweep_whose_directory_can_be_made():
+    one = "clip-adaptive_transport-small"
+    asked = sweeps.ask(",".join([one] * 20), ["seed=0"])
+    assert asked.name == f"{one}+19" and len(asked.recipes) == 20
+    assert sweeps.ask("clip,roclip-smoke", ["seed=0"]).name == "clip+roclip-smoke"
 
 
 def test_words_win_over_a_ready_sweeps_own():
