@@ -284,40 +284,31 @@ def decoded_per_s(side: int = 224, seconds: float = 2.0) -> float:
     return count / (time.process_time() - started)
 
 
+class Idle:
+    """An actor that does nothing, and answers as much as one of a matching round."""
+
+    def __call__(self, item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {**item, "payload": np.array([b"x" * 20_000], dtype=object)}
+
+
 def item_s(few: int = 100, many: int = 400) -> float:
     """Seconds that one more work item takes in an execution as `match.Rounds` has it, its actor doing nothing."""
     import time
 
-    import ray
-
     from orchestrate import cluster
-
-    class Idle:
-        def __call__(self, item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return {**item, "payload": np.array([b"x" * 20_000], dtype=object)}
+    from orchestrate.recipe import Cluster
 
     def seconds(count: int) -> float:
         items = [{"epoch": 1, "kind": 1, "start": i, "stop": i + 1} for i in range(count)]
-        data = cluster.quiet_data(in_order=True)
-        found = data.from_items(items, override_num_blocks=count).map_batches(
-            Idle,
-            batch_size=None,
-            compute=data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),
-            num_cpus=1,
-            allow_out_of_order_execution=False,
-        )
-        batches = iter(found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"))
-        next(batches)  # the actor is up
+        found = cluster.through_actors(items, Idle, (), Cluster(match_actors=1, match_cpus=1))
+        next(found)  # the actor is up
         started = time.perf_counter()
-        assert sum(1 for _ in batches) == count - 1
+        assert sum(1 for _ in found) == count - 1
         return time.perf_counter() - started
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
+    with cluster.connected(Cluster()):
         seconds(few)
         return (seconds(many) - seconds(few)) / (many - few)
-    finally:
-        ray.shutdown()
 
 
 MODELS = ("RN50", "ViT-B-32")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from defenses import detect, duplicates
-from orchestrate import capacity, cluster
+from orchestrate import cluster
 from orchestrate import recipe as recipes
 from orchestrate.data.pixels import Pixels
 from orchestrate.match import pack, unpack
@@ -28,6 +28,7 @@ from orchestrate.prepared import build_attack, pixels_of
 from orchestrate.recipe import Recipe
 
 TOGETHER = 4  # batches a part
+NO_MEMORY = "lower the batch (--batch), or give the actors a node with more memory (cluster.match_actors=1 for fewer at once)."
 NEAREST = 3  # captions of the pool that are kept for the page
 
 
@@ -133,23 +134,15 @@ def run(work: Work, folder: Path, items: list[dict[str, Any]]) -> Iterator[int]:
         "threads": c.threads or max(1, (os.cpu_count() or 1) // c.match_actors),
     }
     desk = cluster.desk(refs)
-    # As in `match.Rounds`: actors in a group of their own, items without tasks, so that no share of a CPU is waited for.
-    with cluster.reserved(capacity.bundle(c.match_cpus, c.match_gpus), min(c.match_actors, len(todo)), c.timeout_s) as group:
-        data = cluster.quiet_data(group=group)
-        found = data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-            ScoreActor,
-            fn_constructor_args=(desk, spec),
-            batch_size=None,
-            batch_format="numpy",
-            compute=data.ActorPoolStrategy(size=group.bundle_count if group else min(c.match_actors, len(todo))),
-            num_cpus=c.match_cpus,
-            num_gpus=c.match_gpus or None,
-        )
-        for batch in found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
-            for number, payload in zip(batch["part"], batch["payload"], strict=True):
-                arrays = unpack(payload)
-                _write(folder, int(number), arrays)
-                yield (done := done + len(arrays["row"]))
+    try:
+        for found in cluster.through_actors(todo, ScoreActor, (desk, spec), c):
+            arrays = unpack(found["payload"])
+            _write(folder, int(found["part"]), arrays)
+            yield (done := done + len(arrays["row"]))
+    except Exception as error:
+        if not cluster.died(error):
+            raise
+        raise RuntimeError(f"scoring actors {cluster.AGAIN}: {NO_MEMORY} What is scored is kept.") from error
 
 
 def local_pixels(recipe: Recipe, table: pa.Table, images: tuple[Any, np.ndarray] | None) -> Pixels:

@@ -22,6 +22,8 @@ from orchestrate.recipe import Cluster
 if TYPE_CHECKING:
     from orchestrate.storage import Store
 
+ATTEMPTS = 5  # more of an item whose actor or node died; what kills its actor each time does so for a reason
+AGAIN = f"died again and again of the same item ({ATTEMPTS + 1} times or more), as where the system kills what takes too much memory"
 PATIENCE_S = 30.0  # for all actors of a pool, before fewer do
 STARTING = 4  # processes that a small machine may start at once; above three times its cores Ray warns on the terminal, for every run
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves the configuration here, on the head
@@ -229,6 +231,46 @@ def quiet_data(*, in_order: bool = False, group: Any = None) -> Any:
     for name in ("ray.data", "ray.data._internal.execution", "ray.data._internal.progress"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return ray.data
+
+
+def through_actors(items: Sequence[Mapping[str, Any]], actor: type, arguments: tuple[Any, ...], c: Cluster) -> Iterator[dict[str, Any]]:
+    """Work items through a pool of up to `c.match_actors` `actor(*arguments)`, each called with one item as a batch of one row: their
+    answers, a row each as {name: value}, in the items' order, as they come. An actor that dies is started again, and its item done again,
+    up to `ATTEMPTS` times more; then Ray's error is raised (`died`). TimeoutError where no actor finds its place within `c.timeout_s`.
+
+    From blocks that are there: tasks that made the items would hand them on in the order they end in, and wait for CPUs of their own.
+    `from_items` makes its blocks here; `from_arrow` asks tasks of a whole CPU each for their sizes, which training may leave to nobody.
+    """
+    most = min(c.match_actors, len(items))
+    with reserved(capacity.bundle(c.match_cpus, c.match_gpus), most, c.timeout_s) as group:
+        data = quiet_data(in_order=True, group=group)
+        found = data.from_items(list(items), override_num_blocks=len(items)).map_batches(
+            actor,
+            fn_constructor_args=arguments,
+            batch_size=None,
+            batch_format="numpy",
+            # One item at a time: of two that an actor holds when it dies, its successor may be given the later one first, and if that
+            # waits for what the earlier one makes, both wait for each other.
+            compute=data.ActorPoolStrategy(size=group.bundle_count if group else most, max_tasks_in_flight_per_actor=1),
+            num_cpus=c.match_cpus,
+            num_gpus=c.match_gpus or None,
+            max_restarts=-1,
+            max_task_retries=ATTEMPTS,
+            # True, Ray Data's default, may run an item before an earlier one: on the one actor that should make what it waits for, both
+            # wait for ever.
+            allow_out_of_order_execution=False,
+        )
+        for batch in found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+            for row in range(len(next(iter(batch.values())))):
+                yield {name: column[row] for name, column in batch.items()}
+
+
+def died(error: BaseException) -> bool:
+    """Whether an item's actor died of every attempt, or its node."""
+    from ray import exceptions
+
+    lost = (exceptions.ActorDiedError, exceptions.ActorUnavailableError, exceptions.NodeDiedError, exceptions.ObjectLostError)
+    return any(isinstance(layer, lost) for layer in layers(error))
 
 
 def check_storage(store: Store, c: Cluster) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 import ray
 
 from defenses.base import Defense, Features, Matcher
-from orchestrate import capacity, cluster
+from orchestrate import cluster
 from orchestrate import recipe as recipes
 from orchestrate.pairing import Pool, assemble, choose, draw_pool, facts, learned, save, save_selection, selection_facts, settled
 from orchestrate.prepared import build_attack, build_defense, pixels_of
@@ -39,7 +39,6 @@ CAPTIONS, IMAGES = 0, 1  # kinds of work items
 SHARES = 8  # items an actor gets of a large set's images: actors end within an eighth of each other, and one driver hands out all items
 KEPT = 2  # finished rounds held for workers that start again from a checkpoint
 IDLE = 2  # executions in a row that may be lost without a finished item
-ATTEMPTS = 5  # more of an item whose actor or node died; what kills its actor each time does so for a reason
 LOST = (ray.exceptions.ActorUnavailableError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)  # the fault is not the item's
 NO_MEMORY = "lower cluster.match_batch or the pool, or give matching actors a node with more memory."
 
@@ -229,22 +228,18 @@ class Rounds:
         for item in items:
             self.wanted.setdefault((item["epoch"], item["kind"]), []).append(item["start"])
         idle = 0  # executions in a row that were lost before they finished anything: not the nodes' fault for ever
-        for attempt in range(ATTEMPTS + 1):
+        for attempt in range(cluster.ATTEMPTS + 1):
             done = len(self.taken)
             try:
                 return self._execute([item for item in items if _place(item) not in self.taken], me)
             except Exception as error:
                 idle = idle + 1 if len(self.taken) == done else 0
-                if attempt == ATTEMPTS or idle == IDLE or not any(isinstance(layer, LOST) for layer in cluster.layers(error)):
+                if attempt == cluster.ATTEMPTS or idle == IDLE or not any(isinstance(layer, LOST) for layer in cluster.layers(error)):
                     raise
 
     def _execute(self, items: list[dict[str, int]], me: Any) -> None:
-        """Items through one pool of actors.
-
-        In order, and from blocks that are there: an actor that met a round's images before its captions would wait for the encoded
-        pool, and the captions for the actor. Tasks that made the items would hand them on in the order they end in. `from_items` makes
-        its blocks here; `from_arrow` asks tasks of a whole CPU each for their sizes, which training may leave to nobody.
-        """
+        """Items through one pool of actors, in order: an actor that met a round's images before its captions would wait for the encoded
+        pool, and the captions for the actor."""
         c = self.recipe.cluster
         spec = {
             "recipe": recipes.packed(self.recipe),
@@ -253,26 +248,8 @@ class Rounds:
             "gpus": c.match_gpus,
             "threads": max(1, (os.cpu_count() or 1) // c.match_actors),
         }
-        with cluster.reserved(capacity.bundle(c.match_cpus, c.match_gpus), c.match_actors, c.timeout_s) as group:
-            data = cluster.quiet_data(in_order=True, group=group)
-            found = data.from_items(items, override_num_blocks=len(items)).map_batches(
-                MatchActor,
-                fn_constructor_args=(me, spec),
-                batch_size=None,
-                # One item at a time: of two that an actor holds when it dies, its successor may be given the later one first, and if that
-                # is of a later round, both rounds wait for each other.
-                compute=data.ActorPoolStrategy(size=group.bundle_count if group else c.match_actors, max_tasks_in_flight_per_actor=1),
-                num_cpus=c.match_cpus,
-                num_gpus=c.match_gpus or None,
-                max_restarts=-1,
-                max_task_retries=ATTEMPTS,
-                # True, Ray Data's default, lets an item of images run before its round's captions, on the one actor that should encode
-                # them: both wait, until cluster.timeout_s.
-                allow_out_of_order_execution=False,
-            )
-            for batch in found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
-                for i in range(len(batch["epoch"])):
-                    self._take({k: int(batch[k][i]) for k in ("epoch", "kind", "start", "stop")}, unpack(batch["payload"][i]))
+        for found in cluster.through_actors(items, MatchActor, (me, spec), c):
+            self._take({k: int(found[k]) for k in ("epoch", "kind", "start", "stop")}, unpack(found["payload"]))
 
     def _take(self, item: dict[str, int], arrays: dict[str, np.ndarray]) -> None:
         """One finished item; the last of a kind completes the encoded pool, or the pairing."""
@@ -332,11 +309,8 @@ def _told(error: BaseException) -> str:
     inner = cluster.innermost(error)
     if isinstance(inner, MemoryError):
         return str(inner)
-    if any(isinstance(layer, (ray.exceptions.ActorDiedError, *LOST)) for layer in cluster.layers(error)):
-        return (
-            f"matching actors died again and again of the same item ({ATTEMPTS + 1} times or more), as where the system kills what takes "
-            f"too much memory: {NO_MEMORY}"
-        )
+    if cluster.died(error):
+        return f"matching actors {cluster.AGAIN}: {NO_MEMORY}"
     return traceback.format_exc(limit=20)
 
 
