@@ -40,6 +40,7 @@ from defenses.transport import (
 
 FIRST = 8  # captions bounded in float32 to choose the first to solve
 FEW = 32  # captions left for an image that are bounded together with other images'
+TOGETHER = 2**16  # entries of the costs that a CPU bounds or solves at a time: they fit its caches, and are worth a call
 HARD = 8  # captions left for an image above which Sinkhorn's bound pays
 TIE = 1e-9  # distances closer than this are equal: what float64 may leave between two copies of a problem
 TOL = 1e-6  # marginals of entropic plans, far below what could tell captions apart
@@ -208,6 +209,10 @@ class _Search:
         assert self.pooled is not None and self.pool.pooled is not None
         return self.weight * (1 - (self.pooled[i].double() * self.pool.pooled[j].double()).sum(1))
 
+    def _together(self, j: Tensor, least: int) -> int:
+        """Pairs with these captions whose costs are `TOGETHER`, or the least."""
+        return max(least, TOGETHER // (self.tokens.shape[1] * int(self.pool.length[j].amax())))
+
     def _costs(self, i: Tensor, j: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """C (B, P, L) and masses (B, L) of pairs."""
         captions = self.pool.tokens[self.pool.places(j).T].to(dtype)
@@ -218,7 +223,7 @@ class _Search:
         found = self.bound[i, j]
         if not len(i):
             return found
-        for which in self.pool.length[j].argsort(stable=True).split(64 if self.device.type == "cpu" else 8192):
+        for which in self.pool.length[j].argsort(stable=True).split(self._together(j, 64) if self.device.type == "cpu" else 8192):
             cost, masses = self._costs(i[which], j[which], torch.float32)
             inner, masses = cost.permute(1, 2, 0).masked_fill((masses.T == 0), torch.inf), masses.T
             transport = bound(inner, masses.new_full((len(inner), len(which)), 1 / len(inner)), masses)
@@ -233,7 +238,7 @@ class _Search:
         if self.weight == 1:
             return values
         self.solved += torch.bincount(i, minlength=len(self.solved))
-        for which in torch.arange(len(i), device=self.device).split(256 if self.device.type == "cpu" else 4096):
+        for which in torch.arange(len(i), device=self.device).split(self._together(j, 256) if self.device.type == "cpu" else 4096):
             cost, masses = self._costs(i[which], j[which], torch.float64)
             if self.epsilon:
                 transport, _ = transport_cost(cost, b=masses, epsilon=self.epsilon, tol=TOL)

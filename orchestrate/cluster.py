@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 ATTEMPTS = 5  # more of an item whose actor or node died; what kills its actor each time does so for a reason
 AGAIN = f"died again and again of the same item ({ATTEMPTS + 1} times or more), as where the system kills what takes too much memory"
 PATIENCE_S = 30.0  # for all actors of a pool, before fewer do
-STARTING = 4  # processes that a small machine may start at once; above three times its cores Ray warns on the terminal, for every run
+# Processes that a small machine may start at once; where more than three times as many live, Ray warns on the terminal. A sweep's trials
+# of a fraction of a core have half a dozen each.
+STARTING, STARTING_SWEEP = 4, 16
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves the configuration here, on the head
 KUBERNETES = "KUBERNETES_SERVICE_HOST"
 DEAD = "dead"  # the error of an `Answer` whose node has left
@@ -75,7 +77,8 @@ def connected(cluster: Cluster, dashboard: bool = False) -> Iterator[dict[str, f
 
     mine = not ray.is_initialized()
     if mine:
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(STARTING, os.cpu_count() or 1)))
+        starting = max(STARTING_SWEEP if dashboard else STARTING, os.cpu_count() or 1)
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(starting))
         try:
             ray.init(
                 address=cluster.address or "local",
