@@ -149,6 +149,7 @@ TUNED: dict[tuple[str, str], Layer] = {
 # How much poison shows at a scale: enough for the undefended model, as little as that.
 POISON: dict[tuple[str, str], Layer] = {
     ("both", "small"): {"attack.targeted.copies": 5, "attack.blended.count": 90, "attack.blended.alpha": 0.25},
+    ("targeted", "small"): {"attack.copies": 5},
     # The papers' strengths are for 224 px and the images' own detail; on a few hundred poisoned scenes of 64 px these are needed.
     ("badnets", "small"): {"attack.count": 200, "attack.size": 0.125},
     ("stripes", "small"): {"attack.count": 150},
@@ -171,6 +172,7 @@ POISON: dict[tuple[str, str], Layer] = {
     ("adaptive", "small"): {"attack.copies": 5},
     ("adaptive_transport", "small"): {"attack.copies": 5},
     ("adaptive_backdoor", "small"): {"attack.count": 150},
+    ("targeted", "smoke"): {"attack.copies": 4},
     ("both", "smoke"): {"attack.targeted.copies": 4, "attack.blended.count": 30},
 }
 
