@@ -42,6 +42,12 @@ SCALES: dict[str, Scale] = {
             "evaluate.probe_size": 500,
         },
     ),
+    "quick": Scale(
+        "attack and defence show on 4,000 scenes: the demo's scale, and that of the matrix in docs/results.md",
+        "1–3 min on 2 cores",
+        # Less than small; half the batch makes up for some of the steps.
+        {"data.size": 4000, "data.heldout": 1400, "train.batch": 64, "train.epochs": 14, "train.warmup": 100},
+    ),
     "small": Scale(
         "attack and defence both show, on scenes or any set of 5,000–50,000 pairs",
         "3–5 min on 2 cores",
@@ -137,60 +143,67 @@ SAFE: Layer = {
     **{"defense.eda": 0.1, "defense.warmup": 1, "defense.bridge": 2, "defense.slow": 1.0, "defense.posterior": 0.5},
     **{"defense.pool_size": 0.1, "defense.growth": 0.02},
 }
-TUNED: dict[tuple[str, str], Layer] = {
-    **{(method, scale): VIEWS for method in ("augmented", "roclip", "otcclip") for scale in ("smoke", "small")},
-    ("safeclip", "small"): SAFE,
-    ("safeclip", "smoke"): {**SAFE, "defense.bridge": 1},
-    **{("cleanclip", scale): {**VIEWS, **REPAIR} for scale in ("smoke", "small")},
-    ("roclip", "small"): {**VIEWS, **MOVE},
-    # beta: a second view of every batch doubles what a step costs.
-    ("otcclip", "small"): {**VIEWS, **MOVE, "defense.beta": 0.0},
-}
+
+
+def _tuned() -> dict[tuple[str, str], Layer]:
+    found: dict[tuple[str, str], Layer] = {("safeclip", "smoke"): {**SAFE, "defense.bridge": 1}}
+    for scale in ("smoke", "quick", "small"):
+        found |= {(method, scale): VIEWS for method in ("augmented", "roclip", "otcclip")}
+        found[("cleanclip", scale)] = {**VIEWS, **REPAIR}
+    for scale in ("quick", "small"):
+        found[("safeclip", scale)] = SAFE
+        found[("roclip", scale)] = {**VIEWS, **MOVE}
+        # beta: a second view of every batch doubles what a step costs.
+        found[("otcclip", scale)] = {**VIEWS, **MOVE, "defense.beta": 0.0}
+    return found
+
+
+TUNED = _tuned()
 # How much poison shows at a scale: enough for the undefended model, as little as that.
 POISON: dict[tuple[str, str], Layer] = {
-    ("both", "small"): {"attack.targeted.copies": 5, "attack.blended.count": 90, "attack.blended.alpha": 0.25},
-    ("targeted", "small"): {"attack.copies": 5},
-    # The papers' strengths are for 224 px and the images' own detail; on a few hundred poisoned scenes of 64 px these are needed.
-    ("badnets", "small"): {"attack.count": 200, "attack.size": 0.125},
-    ("stripes", "small"): {"attack.count": 150},
-    ("blended", "small"): {"attack.count": 90, "attack.alpha": 0.25},
-    ("blended_stripes", "small"): {"attack.count": 90, "attack.alpha": 0.25},
-    ("blended_triangles", "small"): {"attack.count": 90, "attack.alpha": 0.25},
-    ("blended_text", "small"): {"attack.count": 90, "attack.alpha": 0.25},
-    ("sig", "small"): {"attack.count": 150},
-    ("wanet", "small"): {"attack.count": 400, "attack.k": 8, "attack.strength": 10.0},
-    ("tint", "small"): {"attack.count": 150},
-    ("consistent", "small"): {"attack.count": 0.06, "attack.size": 0.35},
-    ("multi", "small"): {"attack.count": 450},
-    ("mm_poison_1", "small"): {"attack.count": 300},
-    ("mm_poison_2", "small"): {"attack.count": 350},
-    ("mm_poison_3", "small"): {"attack.count": 700},
-    ("corruptencoder", "small"): {"attack.count": 300, "attack.size": 0.25},
-    ("corruptencoder_plus", "small"): {"attack.count": 300, "attack.size": 0.25},
-    ("toxictext", "small"): {"attack.copies": 8},
-    ("badclip", "small"): {"attack.count": 150, "attack.size": 0.2},
-    ("adaptive", "small"): {"attack.copies": 5},
-    ("adaptive_transport", "small"): {"attack.copies": 5},
-    ("adaptive_backdoor", "small"): {"attack.count": 150},
-    ("targeted", "smoke"): {"attack.copies": 4},
     ("both", "smoke"): {"attack.targeted.copies": 4, "attack.blended.count": 30},
+    ("targeted", "smoke"): {"attack.copies": 4},
+    ("both", "quick"): {"attack.targeted.copies": 5, "attack.blended.count": 70, "attack.blended.alpha": 0.25},
+    ("both", "small"): {"attack.targeted.copies": 5, "attack.blended.count": 90, "attack.blended.alpha": 0.25},
 }
+# By attack: the field of the amount, how much at the scales quick and small, and what is as strong at both. The papers' strengths are for
+# 224 px and the images' own detail; on a few hundred poisoned scenes of 64 px these are needed.
+AMOUNTS: dict[str, tuple[str, int | float, int | float, Layer]] = {
+    "targeted": ("copies", 5, 5, {}),
+    "badnets": ("count", 80, 200, {"attack.size": 0.125}),
+    "stripes": ("count", 80, 150, {}),
+    "blended": ("count", 150, 90, {"attack.alpha": 0.25}),
+    "blended_stripes": ("count", 90, 90, {"attack.alpha": 0.25}),
+    "blended_triangles": ("count", 150, 90, {"attack.alpha": 0.25}),
+    "blended_text": ("count", 90, 90, {"attack.alpha": 0.25}),
+    "sig": ("count", 80, 150, {}),
+    "wanet": ("count", 400, 400, {"attack.k": 8, "attack.strength": 10.0}),
+    "tint": ("count", 80, 150, {}),
+    "consistent": ("count", 0.06, 0.06, {"attack.size": 0.35}),
+    "multi": ("count", 450, 450, {}),
+    "mm_poison_1": ("count", 250, 300, {}),
+    "mm_poison_2": ("count", 250, 350, {}),
+    "mm_poison_3": ("count", 500, 700, {}),
+    "corruptencoder": ("count", 300, 300, {"attack.size": 0.25}),
+    "corruptencoder_plus": ("count", 300, 300, {"attack.size": 0.25}),
+    "toxictext": ("copies", 8, 8, {}),
+    "toxictext_word": ("count", 300, 200, {}),
+    "toxictext_sentence": ("count", 300, 200, {}),
+    "badclip": ("count", 250, 150, {"attack.size": 0.2}),
+    "adaptive": ("copies", 8, 5, {}),
+    "adaptive_transport": ("copies", 8, 5, {}),
+    "adaptive_backdoor": ("count", 250, 150, {}),
+}
+for _attack, (_field, _quick, _small, _strength) in AMOUNTS.items():
+    for _scale, _amount in (("quick", _quick), ("small", _small)):
+        POISON[(_attack, _scale)] = {f"attack.{_field}": _amount, **_strength}
 
 SUITES: dict[str, tuple[str, tuple[str, ...], Layer]] = {
     "demo": (
         "the same poisoned scenes learnt undefended, augmented, with RoCLIP and with OTCCLIP",
         ("clip", "augmented", "roclip", "otcclip"),
-        # Less than the small scale, to be done in minutes; half the batch makes up for some of the steps.
         # Shares of a core by which Ray counts: two members fit on two cores, and do more there than one with two threads.
-        {
-            "data.size": 4000,
-            "train.epochs": 14,
-            "train.batch": 64,
-            "train.warmup": 100,
-            "attack.blended.count": 70,
-            "cluster.cpus": 0.5,
-            "cluster.match_cpus": 0.25,
-        },
+        {**SCALES["quick"].layer, **POISON["both", "quick"], "cluster.cpus": 0.5, "cluster.match_cpus": 0.25},
     ),
 }
 
