@@ -7,7 +7,7 @@ time. `antidote ls` prints this file's tables, `antidote show NAME` the resolved
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -159,44 +159,56 @@ def _tuned() -> dict[tuple[str, str], Layer]:
 
 
 TUNED = _tuned()
-# How much poison shows at a scale: enough for the undefended model, as little as that.
+
+
+@dataclass(frozen=True)
+class Poison:
+    """How much of an attack shows: enough for the undefended model, as little as that. `counted`: the field that says so."""
+
+    counted: str
+    quick: int | float
+    small: int | float
+    strength: Layer = field(default_factory=dict)
+
+    def layer(self, amount: int | float) -> Layer:
+        return {f"attack.{self.counted}": amount, **self.strength}
+
+
+# The papers' strengths are for 224 px and the images' own detail; on a few hundred poisoned scenes of 64 px these are needed.
+AMOUNTS: dict[str, Poison] = {
+    "targeted": Poison("copies", quick=5, small=5),
+    "badnets": Poison("count", quick=80, small=200, strength={"attack.size": 0.125}),
+    "stripes": Poison("count", quick=80, small=150),
+    "blended": Poison("count", quick=150, small=90, strength={"attack.alpha": 0.25}),
+    "blended_stripes": Poison("count", quick=90, small=90, strength={"attack.alpha": 0.25}),
+    "blended_triangles": Poison("count", quick=150, small=90, strength={"attack.alpha": 0.25}),
+    "blended_text": Poison("count", quick=90, small=90, strength={"attack.alpha": 0.25}),
+    "sig": Poison("count", quick=80, small=150),
+    "wanet": Poison("count", quick=400, small=400, strength={"attack.k": 8, "attack.strength": 10.0}),
+    "tint": Poison("count", quick=80, small=150),
+    "consistent": Poison("count", quick=0.06, small=0.06, strength={"attack.size": 0.35}),
+    "multi": Poison("count", quick=450, small=450),
+    "mm_poison_1": Poison("count", quick=250, small=300),
+    "mm_poison_2": Poison("count", quick=250, small=350),
+    "mm_poison_3": Poison("count", quick=500, small=700),
+    "corruptencoder": Poison("count", quick=300, small=300, strength={"attack.size": 0.25}),
+    "corruptencoder_plus": Poison("count", quick=300, small=300, strength={"attack.size": 0.25}),
+    "toxictext": Poison("copies", quick=8, small=8),
+    "toxictext_word": Poison("count", quick=300, small=200),
+    "toxictext_sentence": Poison("count", quick=300, small=200),
+    "badclip": Poison("count", quick=250, small=150, strength={"attack.size": 0.2}),
+    "adaptive": Poison("copies", quick=8, small=5),
+    "adaptive_transport": Poison("copies", quick=8, small=5),
+    "adaptive_backdoor": Poison("count", quick=250, small=150),
+}
 POISON: dict[tuple[str, str], Layer] = {
     ("both", "smoke"): {"attack.targeted.copies": 4, "attack.blended.count": 30},
     ("targeted", "smoke"): {"attack.copies": 4},
     ("both", "quick"): {"attack.targeted.copies": 5, "attack.blended.count": 70, "attack.blended.alpha": 0.25},
     ("both", "small"): {"attack.targeted.copies": 5, "attack.blended.count": 90, "attack.blended.alpha": 0.25},
+    **{(attack, "quick"): poison.layer(poison.quick) for attack, poison in AMOUNTS.items()},
+    **{(attack, "small"): poison.layer(poison.small) for attack, poison in AMOUNTS.items()},
 }
-# By attack: the field of the amount, how much at the scales quick and small, and what is as strong at both. The papers' strengths are for
-# 224 px and the images' own detail; on a few hundred poisoned scenes of 64 px these are needed.
-AMOUNTS: dict[str, tuple[str, int | float, int | float, Layer]] = {
-    "targeted": ("copies", 5, 5, {}),
-    "badnets": ("count", 80, 200, {"attack.size": 0.125}),
-    "stripes": ("count", 80, 150, {}),
-    "blended": ("count", 150, 90, {"attack.alpha": 0.25}),
-    "blended_stripes": ("count", 90, 90, {"attack.alpha": 0.25}),
-    "blended_triangles": ("count", 150, 90, {"attack.alpha": 0.25}),
-    "blended_text": ("count", 90, 90, {"attack.alpha": 0.25}),
-    "sig": ("count", 80, 150, {}),
-    "wanet": ("count", 400, 400, {"attack.k": 8, "attack.strength": 10.0}),
-    "tint": ("count", 80, 150, {}),
-    "consistent": ("count", 0.06, 0.06, {"attack.size": 0.35}),
-    "multi": ("count", 450, 450, {}),
-    "mm_poison_1": ("count", 250, 300, {}),
-    "mm_poison_2": ("count", 250, 350, {}),
-    "mm_poison_3": ("count", 500, 700, {}),
-    "corruptencoder": ("count", 300, 300, {"attack.size": 0.25}),
-    "corruptencoder_plus": ("count", 300, 300, {"attack.size": 0.25}),
-    "toxictext": ("copies", 8, 8, {}),
-    "toxictext_word": ("count", 300, 200, {}),
-    "toxictext_sentence": ("count", 300, 200, {}),
-    "badclip": ("count", 250, 150, {"attack.size": 0.2}),
-    "adaptive": ("copies", 8, 5, {}),
-    "adaptive_transport": ("copies", 8, 5, {}),
-    "adaptive_backdoor": ("count", 250, 150, {}),
-}
-for _attack, (_field, _quick, _small, _strength) in AMOUNTS.items():
-    for _scale, _amount in (("quick", _quick), ("small", _small)):
-        POISON[(_attack, _scale)] = {f"attack.{_field}": _amount, **_strength}
 
 SUITES: dict[str, tuple[str, tuple[str, ...], Layer]] = {
     "demo": (
