@@ -209,8 +209,10 @@ class _Search:
         assert self.pooled is not None and self.pool.pooled is not None
         return self.weight * (1 - (self.pooled[i].double() * self.pool.pooled[j].double()).sum(1))
 
-    def _together(self, j: Tensor, least: int) -> int:
-        """Pairs with these captions whose costs are `TOGETHER`, or the least."""
+    def _together(self, j: Tensor, least: int, cuda: int) -> int:
+        """Pairs with these captions to take at a time: those whose costs are `TOGETHER`, or the least; on a GPU a number of its own."""
+        if self.device.type != "cpu":
+            return cuda
         return max(least, TOGETHER // (self.tokens.shape[1] * int(self.pool.length[j].amax())))
 
     def _costs(self, i: Tensor, j: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -223,7 +225,7 @@ class _Search:
         found = self.bound[i, j]
         if not len(i):
             return found
-        for which in self.pool.length[j].argsort(stable=True).split(self._together(j, 64) if self.device.type == "cpu" else 8192):
+        for which in self.pool.length[j].argsort(stable=True).split(self._together(j, 64, 8192)):
             cost, masses = self._costs(i[which], j[which], torch.float32)
             inner, masses = cost.permute(1, 2, 0).masked_fill((masses.T == 0), torch.inf), masses.T
             transport = bound(inner, masses.new_full((len(inner), len(which)), 1 / len(inner)), masses)
@@ -238,7 +240,7 @@ class _Search:
         if self.weight == 1:
             return values
         self.solved += torch.bincount(i, minlength=len(self.solved))
-        for which in torch.arange(len(i), device=self.device).split(self._together(j, 256) if self.device.type == "cpu" else 4096):
+        for which in torch.arange(len(i), device=self.device).split(self._together(j, 256, 4096)):
             cost, masses = self._costs(i[which], j[which], torch.float64)
             if self.epsilon:
                 transport, _ = transport_cost(cost, b=masses, epsilon=self.epsilon, tol=TOL)

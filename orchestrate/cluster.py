@@ -268,12 +268,19 @@ def through_actors(items: Sequence[Mapping[str, Any]], actor: type, arguments: t
                 yield {name: column[row] for name, column in batch.items()}
 
 
-def died(error: BaseException) -> bool:
-    """Whether an item's actor died of every attempt, or its node."""
+def lost(error: BaseException) -> bool:
+    """Whether an actor's node went, or what lay on it: the fault is not the item's."""
     from ray import exceptions
 
-    lost = (exceptions.ActorDiedError, exceptions.ActorUnavailableError, exceptions.NodeDiedError, exceptions.ObjectLostError)
-    return any(isinstance(layer, lost) for layer in layers(error))
+    gone = (exceptions.ActorUnavailableError, exceptions.NodeDiedError, exceptions.ObjectLostError)
+    return any(isinstance(layer, gone) for layer in layers(error))
+
+
+def died(error: BaseException) -> bool:
+    """Whether an item's actor died of every attempt, or its node."""
+    from ray.exceptions import ActorDiedError
+
+    return lost(error) or any(isinstance(layer, ActorDiedError) for layer in layers(error))
 
 
 def check_storage(store: Store, c: Cluster) -> None:

@@ -39,7 +39,6 @@ CAPTIONS, IMAGES = 0, 1  # kinds of work items
 SHARES = 8  # items an actor gets of a large set's images: actors end within an eighth of each other, and one driver hands out all items
 KEPT = 2  # finished rounds held for workers that start again from a checkpoint
 IDLE = 2  # executions in a row that may be lost without a finished item
-LOST = (ray.exceptions.ActorUnavailableError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)  # the fault is not the item's
 NO_MEMORY = "lower cluster.match_batch or the pool, or give matching actors a node with more memory."
 
 
@@ -234,7 +233,7 @@ class Rounds:
                 return self._execute([item for item in items if _place(item) not in self.taken], me)
             except Exception as error:
                 idle = idle + 1 if len(self.taken) == done else 0
-                if attempt == cluster.ATTEMPTS or idle == IDLE or not any(isinstance(layer, LOST) for layer in cluster.layers(error)):
+                if attempt == cluster.ATTEMPTS or idle == IDLE or not cluster.lost(error):
                     raise
 
     def _execute(self, items: list[dict[str, int]], me: Any) -> None:
