@@ -4,7 +4,7 @@
     python docs/build.py --check                write nothing; exit code 1 and the files' names where something is stale
     python docs/build.py --collect demo RUN…    make docs/results/demo.json from finished runs, then write
     python docs/build.py --sweep pool RUN… --by defense.pool_size,…    make docs/sweeps/pool.json from runs or sweeps, then write
-    python docs/build.py --matrix scenes RUN…   make docs/matrices/scenes.json from runs or sweeps, then write
+    python docs/build.py --matrix scenes RUN…   make docs/matrices/scenes.json from runs or sweeps, then write; --add to what it has
     python docs/build.py --audits scenes OUT…   make docs/audits/scenes.json from the folders of audits, then write
 
 A file of results is {"title", "command", "note", "results": [result.json, …]}; without the runs' directories and without folders of
@@ -496,11 +496,15 @@ def told_at(run: compare.Run, paths: Sequence[str]) -> dict[str, Any]:
     return {"at": {path: run.at(path) for path in paths} | {"seed": run.seed}, "result": published(dict(run.result))}
 
 
-def collect_matrix(name: str, folders: Sequence[Path], title: str | None, command: str | None, note: str | None) -> Path:
-    """docs/matrices/NAME.json from runs and sweeps."""
+def collect_matrix(name: str, folders: Sequence[Path], title: str | None, command: str | None, note: str | None, add: bool) -> Path:
+    """docs/matrices/NAME.json from runs and sweeps. With `add` its other runs stay: a matrix takes hours, and is made in parts."""
+    file = MATRICES / f"{name}.json"
     runs = compare.load(folders)
     told = [told_at(run, [path for path in run.flat if path.startswith(("attack.", "defense."))]) for run in runs]
-    return kept(MATRICES / f"{name}.json", {"title": title, "command": command, "note": note}, {"runs": told})
+    fresh = {run.result["identity"] for run in runs}
+    before = read_json(file)["runs"] if add and file.exists() else []
+    told = [old for old in before if old["result"]["identity"] not in fresh] + told
+    return kept(file, {"title": title, "command": command, "note": note}, {"runs": told})
 
 
 def collect_audits(name: str, folders: Sequence[Path], title: str | None, note: str | None) -> Path:
@@ -519,18 +523,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", metavar="NAME", help="make docs/sweeps/NAME.json from the runs and sweeps")
     parser.add_argument("--by", default="", help="of the sweep: what makes a row, by comma (default: all that varies but the seed)")
     parser.add_argument("--matrix", metavar="NAME", help="make docs/matrices/NAME.json from runs and sweeps")
+    parser.add_argument("--add", action="store_true", help="of the matrix: keep the runs that it has and that are not given")
     parser.add_argument("--audits", metavar="NAME", help="make docs/audits/NAME.json from folders of audits")
     for key in ("title", "command", "note"):
         parser.add_argument(f"--{key}", help="of the collected results")
     parser.add_argument("runs", nargs="*", type=Path, help="run directories to collect")
     args = parser.parse_args(argv)
+    if args.add and not args.matrix:
+        parser.error("--add is for --matrix")
     if args.collect:
         print(f"wrote {collect(args.collect, args.runs, args.title, args.command, args.note).relative_to(ROOT)}")
     if args.sweep:
         made = collect_sweep(args.sweep, args.runs, args.by, args.title, args.command, args.note)
         print(f"wrote {made.relative_to(ROOT)}")
     if args.matrix:
-        made = collect_matrix(args.matrix, args.runs, args.title, args.command, args.note)
+        made = collect_matrix(args.matrix, args.runs, args.title, args.command, args.note, args.add)
         print(f"wrote {made.relative_to(ROOT)}")
     if args.audits:
         print(f"wrote {collect_audits(args.audits, args.runs, args.title, args.note).relative_to(ROOT)}")

@@ -23,7 +23,7 @@ from defenses import duplicates
 from defenses.detect import BATCH, FAMILIES, SCORES, K, combine
 from orchestrate import audit_cause, audit_clean, audit_model, audit_page, audit_scores, cluster, journal, prepared
 from orchestrate.audit_cause import Trigger, Word
-from orchestrate.data.index import Dataset, fingerprint, open_dataset
+from orchestrate.data.index import Dataset, fingerprint
 from orchestrate.pairing import draw_pool
 from orchestrate.progress import Phase
 from orchestrate.reading import planned, read_images
@@ -90,8 +90,7 @@ def audit(recipe: Recipe, out: Path, options: Options) -> dict[str, Any]:
     with journal.held(out, "an audit in "):
         with cluster.connected(recipe.cluster) as resources:
             _check(recipe, resources)
-            with Phase("data") as phase:
-                dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
+            dataset = prepared.opened(recipe.data)
             model, cfg, told = audit_model.get(recipe, dataset, out, options.checkpoint, options.model, options.epochs)
             recipe = audit_model.as_seen(recipe, cfg)
             dataset, images = read_images(recipe, dataset, prepared.streams(recipe, dataset))

@@ -17,7 +17,6 @@ from attacks.base import labels as labels_of
 from attacks.base import ranks
 from defenses import certify
 from orchestrate import prepared, rundir
-from orchestrate.data.index import open_dataset
 from orchestrate.encoder import Encoder
 from orchestrate.progress import Phase
 from orchestrate.recipe import Recipe
@@ -52,8 +51,7 @@ def certify_checkpoint(checkpoint: str, model: str | None, recipe: Recipe, setti
     from models import clip, export
 
     built, cfg = export.load(checkpoint, model)
-    with Phase("data") as phase:
-        dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
+    dataset = prepared.opened(recipe.data)
     load = prepared.loader(recipe, None, None, None, recipe.data.side or clip.side(cfg))
     encoder = Encoder(built, cfg, "cuda" if torch.cuda.is_available() else "cpu", recipe.evaluate.batch, recipe.evaluate.precision)
     parts: list[tuple[Tensor, np.ndarray, list[str]]] = []

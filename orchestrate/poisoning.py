@@ -11,8 +11,6 @@ import numpy as np
 from attacks.base import pick
 from attacks.sheet import contact_sheet
 from orchestrate import prepared
-from orchestrate.data.index import open_dataset
-from orchestrate.progress import Phase
 from orchestrate.recipe import Recipe
 
 EXAMPLES = 24
@@ -22,8 +20,7 @@ def write(recipe: Recipe, out: Path) -> Iterator[str]:
     """manifest.parquet and sheet.png in `out`; yields what was planned, line by line. ValueError for a recipe without attack."""
     if recipe.attack is None:
         raise ValueError("this recipe has no attack: name one, such as attack=targeted+stripes.")
-    with Phase("data") as phase:
-        dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
+    dataset = prepared.opened(recipe.data)
     ready = prepared.plan(recipe, dataset)
     assert ready.manifest is not None
     out.mkdir(parents=True, exist_ok=True)

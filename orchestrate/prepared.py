@@ -22,12 +22,19 @@ from defenses.augment import mix
 from defenses.base import Defense
 from orchestrate import audit_scores
 from orchestrate.data import reader
-from orchestrate.data.index import Dataset, fingerprint
+from orchestrate.data.index import Data, Dataset, fingerprint, open_dataset
 from orchestrate.data.pixels import REFERENCE, Pixels
+from orchestrate.progress import Phase
 from orchestrate.recipe import AUDIT, Cluster, Recipe
 
 PROBE_SALT = "probe"
 Load = Callable[[pa.Table], np.ndarray]
+
+
+def opened(config: Data) -> Dataset:
+    """The index of a set, with its progress shown. Errors are `open_dataset`'s."""
+    with Phase("data") as phase:
+        return open_dataset(config, lambda done, total: phase.at(done, total=total))
 
 
 def build_attack(recipe: Recipe, table: pa.Table | None = None) -> Several | None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from orchestrate import cluster, prepared
 from orchestrate.data import reader
-from orchestrate.data.index import Dataset, open_dataset
+from orchestrate.data.index import Dataset
 from orchestrate.data.pixels import distinct
 from orchestrate.progress import Phase
 from orchestrate.recipe import Recipe
@@ -62,8 +62,7 @@ def prepare(recipe: Recipe) -> tuple[dict[Any, Any], Dataset]:
     The pixels live as long as this process holds what is returned. No sets for one that streams: that one is checked now, so that
     nobody else has to.
     """
-    with Phase("data") as phase:
-        dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
+    dataset = prepared.opened(recipe.data)
     streaming = prepared.streams(recipe, dataset)
     readable, _ = read_images(recipe, dataset, streaming)
     return {} if streaming else dict(_WARM), readable

@@ -13,7 +13,6 @@ import numpy as np
 
 from defenses.base import Repair
 from orchestrate import prepared, rundir, scoring
-from orchestrate.data.index import open_dataset
 from orchestrate.progress import Phase
 from orchestrate.recipe import Recipe, Train, from_dict
 
@@ -82,15 +81,12 @@ def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: str, out: 
 
 def _data(recipe: Recipe, clean: str, plan: Repair) -> tuple[prepared.Prepared, Any]:
     """What is measured on, its plan of poison, and the trusted pairs' table (as `attacks.apply` makes it)."""
-    with Phase("data") as phase:
-        config = recipe.data if not clean or recipe.attack else dataclasses.replace(recipe.data, path=clean)
-        dataset = open_dataset(config, lambda done, total: phase.at(done, total=total))
-        ready = prepared.plan(recipe, dataset)
-        if not clean:
-            return ready, prepared.trusted_rows(ready.table, plan.clean, recipe.seed)
-        given = open_dataset(dataclasses.replace(recipe.data, path=clean), lambda done, total: phase.at(done, total=total))
-    table = prepared.plan(dataclasses.replace(recipe, attack=None), given).table
-    return ready, table
+    config = recipe.data if not clean or recipe.attack else dataclasses.replace(recipe.data, path=clean)
+    ready = prepared.plan(recipe, prepared.opened(config))
+    if not clean:
+        return ready, prepared.trusted_rows(ready.table, plan.clean, recipe.seed)
+    given = prepared.opened(dataclasses.replace(recipe.data, path=clean))
+    return ready, prepared.plan(dataclasses.replace(recipe, attack=None), given).table
 
 
 def fine_tune(model: Any, cfg: Mapping[str, Any], plan: Repair, recipe: Recipe, trusted: Any, side: int) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrate import prepared
-from orchestrate.data.index import open_dataset
 from orchestrate.progress import Phase
 from orchestrate.recipe import Recipe
 
@@ -16,8 +15,7 @@ def score(checkpoint: str, model: str | None, recipe: Recipe) -> tuple[dict[str,
     from orchestrate.evaluate import benchmark_json
 
     built, cfg = export.load(checkpoint, model)
-    with Phase("data") as phase:
-        dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
+    dataset = prepared.opened(recipe.data)
     metrics = figures(built, cfg, recipe, prepared.plan(recipe, dataset))
     return metrics, benchmark_json(metrics, dataset.name, cfg.get("name", model or checkpoint), checkpoint)
 

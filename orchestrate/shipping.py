@@ -44,7 +44,7 @@ class Order:
 
     @property
     def name(self) -> str:
-        return re.sub(r"[^\w.-]+", "-", Path(self.what.removesuffix(".json")).name, flags=re.ASCII)[:48].strip("-.") or "job"
+        return re.sub(r"[^\w.-]+", "-", sweeps.called(self.what.split(",")), flags=re.ASCII)[:48].strip("-.") or "job"
 
 
 def ask(what: str, words: Sequence[str], options: Sequence[str], source: Source) -> tuple[Order, list[Recipe]]:

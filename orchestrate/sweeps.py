@@ -82,7 +82,7 @@ def ask(name: str, words: Sequence[str]) -> Asked:
     given = {word.partition("=")[0]: word for word in words}
     ready = _ready(name)
     if ready is None:
-        return Asked(_called(name.split(",")), tuple(name.split(",")), tuple(words))
+        return Asked(called(name.split(",")), tuple(name.split(",")), tuple(words))
     base = tuple(given[axes.RECIPE].partition("=")[2].split(",")) if axes.RECIPE in given else ready.recipes
     kept = [word for word in ready.words if word.partition("=")[0] not in given]
     if given.keys() & {axes.RECIPE, "attack"}:  # the strength is of the attack that the sweep itself names
@@ -91,10 +91,11 @@ def ask(name: str, words: Sequence[str]) -> Asked:
     return Asked(name, base, (*kept, *added), shows(ready.name))
 
 
-def _called(names: Sequence[str]) -> str:
-    """The recipes' names in one; where they are many, the first and how many more."""
-    called = "+".join(names).removesuffix(".json").rpartition("/")[2]
-    return called if len(called) <= NAME else f"{names[0].removesuffix('.json').rpartition('/')[2][:NAME]}+{len(names) - 1}"
+def called(names: Sequence[str]) -> str:
+    """The recipes' names, or those of their files, in one; where they are many, the first and how many more."""
+    short = [name.removesuffix(".json").rpartition("/")[2] for name in names]
+    whole = "+".join(short)
+    return whole if len(whole) <= NAME else f"{short[0][:NAME]}+{len(short) - 1}"
 
 
 def _ready(name: str) -> Asked | None:

@@ -27,7 +27,6 @@ import numpy as np
 from attacks.base import Probes, how_many
 from orchestrate import cluster, journal, prepared, reading, rundir
 from orchestrate import recipe as recipes
-from orchestrate.data.index import open_dataset
 from orchestrate.data.pixels import Pixels
 from orchestrate.progress import Phase
 from orchestrate.recipe import AUDIT, Recipe
@@ -87,8 +86,7 @@ def _audited(recipe: Recipe, folder: Path) -> str:
 
 def _run(recipe: Recipe, folder: Path, tracker: Tracker, scores: str) -> dict[str, Any]:
     started = time.monotonic()
-    with Phase("data") as phase:
-        dataset = open_dataset(recipe.data, lambda done, total: phase.at(done, total=total))
+    dataset = prepared.opened(recipe.data)
     with cluster.connected(recipe.cluster) as resources:
         streaming = prepared.streams(recipe, dataset)
         cluster.room(*prepared.needs(recipe, streaming), resources)

@@ -225,6 +225,7 @@ def test_many_recipes_make_a_sweep_whose_directory_can_be_made():
     asked = sweeps.ask(",".join([one] * 20), ["seed=0"])
     assert asked.name == f"{one}+19" and len(asked.recipes) == 20
     assert sweeps.ask("clip,roclip-smoke", ["seed=0"]).name == "clip+roclip-smoke"
+    assert sweeps.ask("mine/one.json,/x/two.json", ["seed=0"]).name == "one+two"
 
 
 def test_words_win_over_a_ready_sweeps_own():

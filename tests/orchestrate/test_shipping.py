@@ -137,3 +137,4 @@ def test_the_name_of_a_job_is_one():
     for what in ("roclip-smoke", "a,b", "/x/y/recipe.json", "mlflow:12", "../é"):
         name = Order("run", what, ()).name
         assert name and shlex.quote(name) == name
+    assert Order("sweep", "mine/one.json,/x/two.json", ()).name == "one-two"
