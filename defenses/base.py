@@ -76,6 +76,7 @@ class ClipOutput:
     image_queue: Tensor | None = None  # (Q, d) of the latest pairs before this batch, first views, without gradient: `queue_size`
     text_queue: Tensor | None = None  # (Q, d)
     epoch: int = 0  # counted from 1
+    moved: Tensor | None = None  # (N,) bool: whose text side comes from the pairing; None: no pairing
 
 
 LossFn = Callable[[ClipOutput], Tensor]

@@ -84,8 +84,9 @@ class OTCCLIP(RoCLIP):
         loss_epsilon: ε of the losses' plans, above 0 (ours .1).
         negatives: k; with k > 0 the inter-modal loss is contrastive, the pair's transport cost against those of the k captions (and k
             images) of the batch that the global features confuse most; 0 = the plain mean of the pairs' costs (ours 4).
-        align: "robust" (ours): the inter-modal loss only where captions were re-assigned, so that it never aligns a poisoned pair as
-            given; "always".
+        align: which pairs the inter-modal loss aligns: "robust" (ours): all of a robust epoch, re-paired ones with their new captions and,
+            where `move` is below 1, the others with their own, poisoned pairs that stay among them; "moved" (ours): the re-paired ones
+            alone, each with the weight that it has among all; "always": all, in every epoch.
         approximate: consider only so many captions an image, those with the lowest bound; 0 (ours): all, exactly.
         Tokens (ours): patches through the projection of the pooled feature; words through the text projection, without start token
         and padding; cost 1 − cosine; uniform masses. Plans are detached: gradients flow through the costs only (ours).
@@ -102,7 +103,7 @@ class OTCCLIP(RoCLIP):
     beta: float = 0.1
     loss_epsilon: float = 0.1
     negatives: int = 4
-    align: Literal["robust", "always"] = "robust"
+    align: Literal["robust", "moved", "always"] = "robust"
     approximate: int = 0
 
     def __post_init__(self) -> None:
@@ -116,8 +117,8 @@ class OTCCLIP(RoCLIP):
         for name in ("alpha", "beta", "negatives", "approximate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 (off) or more")
-        if self.align not in ("robust", "always"):
-            raise ValueError(f'align={self.align!r}: give "robust" or "always"')
+        if self.align not in ("robust", "moved", "always"):
+            raise ValueError(f'align={self.align!r}: give "robust", "moved" or "always"')
         if self.matched == "embedding" and (self.alpha or self.beta):
             raise ValueError('matched="embedding" leaves the losses without tokens: give matched="caption", or alpha=0 and beta=0')
 
@@ -134,26 +135,32 @@ class OTCCLIP(RoCLIP):
         total = base(out)
         with torch.autocast(out.image.device.type, enabled=False):  # costs are differences of nearly equal numbers
             if self.alpha and (out.robust or self.align == "always"):
-                total = total + self.alpha * inter_modal(out, self.loss_epsilon, self.negatives)
+                rows = out.moved.nonzero().flatten() if self.align == "moved" and out.moved is not None else None
+                total = total + self.alpha * inter_modal(out, self.loss_epsilon, self.negatives, rows)
             if self.beta:
                 total = total + self.beta * intra_modal(out, self.loss_epsilon)
         return total
 
 
-def inter_modal(out: ClipOutput, epsilon: float, negatives: int) -> Tensor:
+def inter_modal(out: ClipOutput, epsilon: float, negatives: int, rows: Tensor | None = None) -> Tensor:
     """Scalar. negatives = 0: mean_i d(i, i). Else ½[CE(−s·d(i, {i} ∪ H_i)) + CE(−s·d({i} ∪ H'_i, i))], label: the pair itself.
+
+    rows (R,): the pairs that are aligned, all N unless given; the mean is over N either way, and every pair may be a negative.
 
     d: transport cost between image and caption tokens; s: the model's logit scale, detached; H_i: the captions, H'_i: the images with
     the largest global cosine to the pair's other side. A caption encoded like the pair's own is no negative.
     """
     assert out.image_tokens is not None and out.text_tokens is not None and out.text_mask is not None
     count = len(out.image)
-    own = torch.arange(count, device=out.image.device)
+    own = torch.arange(count, device=out.image.device) if rows is None else rows
+    if not len(own):
+        return out.image.new_zeros((), dtype=torch.float32)
+    share = len(own) / count
     image, text = out.image.detach().float(), out.text.detach().float()
     negatives = min(negatives, count - 1)
     with torch.no_grad():
         cosine = (image @ text.T).masked_fill(text @ text.T > 1 - 1e-5, -torch.inf).fill_diagonal_(-torch.inf)
-        by_image, by_text = (x.topk(negatives, dim=1) for x in (cosine, cosine.T))
+        by_image, by_text = (x[own].topk(negatives, dim=1) for x in (cosine, cosine.T))
     columns = own.repeat_interleave(negatives)
     distance = pair_costs(
         out.image_tokens,
@@ -163,15 +170,15 @@ def inter_modal(out: ClipOutput, epsilon: float, negatives: int) -> Tensor:
         epsilon,
         mask_y=out.text_mask,
     )
-    pair, rest = distance[:count, None], distance[count:].view(2, count, negatives)
+    pair, rest = distance[: len(own), None], distance[len(own) :].view(2, len(own), negatives)
     if not negatives:
-        return pair.mean()
+        return pair.mean() * share
     scale = out.scale.detach()
     loss = pair.new_zeros(())
     for others, found in zip(rest, (by_image, by_text), strict=True):
         logits = torch.cat([-scale * pair, (-scale * others).masked_fill(found.values.isinf(), -torch.inf)], 1)
         loss = loss + F.cross_entropy(logits, torch.zeros_like(own)) / 2
-    return loss
+    return loss * share
 
 
 def intra_modal(out: ClipOutput, epsilon: float) -> Tensor:

@@ -38,6 +38,7 @@ class Examples:
     keys: np.ndarray  # (n,) uint64
     matched: np.ndarray | None = None
     safe: np.ndarray | None = None  # (n,) bool: what a selector trusts
+    moved: np.ndarray | None = None  # (n,) bool: whose caption comes from the pool
 
 
 class Towers(nn.Module):
@@ -127,8 +128,9 @@ class Learner:
         self.steps += 1
         return loss
 
-    def _inputs(self, examples: Examples) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Pixels and token ids, a second view's behind the first's; stored features where they stand for the captions; what is safe."""
+    def _inputs(self, examples: Examples) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor | None]]:
+        """Pixels and token ids, a second view's behind the first's; stored features where they stand for the captions; what is safe, and
+        what moved."""
         pixels = torch.from_numpy(examples.images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last already
         pixels = pixels.float().div_(255)
         keys = [examples.keys, mix(examples.keys)][: self.defense.view_count]
@@ -138,14 +140,14 @@ class Learner:
         images = clip.normalise(images, self.mean, self.std)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        safe = None if examples.safe is None else torch.from_numpy(np.array(examples.safe, bool)).to(self.device)
+        marks = [None if x is None else torch.from_numpy(np.array(x, bool)).to(self.device) for x in (examples.safe, examples.moved)]
         if examples.matched is not None:
-            return images, None, torch.from_numpy(np.array(examples.matched, np.float32)).to(self.device), safe
-        return images, clip.tokenize(self.cfg, [c for view in views for c in view.captions]).to(self.device), None, safe
+            return images, None, torch.from_numpy(np.array(examples.matched, np.float32)).to(self.device), marks
+        return images, clip.tokenize(self.cfg, [c for view in views for c in view.captions]).to(self.device), None, marks
 
-    def _forward(self, inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]) -> list[Tensor | None]:
-        """The scale; of the first view, then of the second: image, text, image tokens, text tokens, text mask; what is safe."""
-        images, ids, matched, safe = inputs
+    def _forward(self, inputs: tuple[Tensor, Tensor | None, Tensor | None, list[Tensor | None]]) -> list[Tensor | None]:
+        """The scale; of the first view, then of the second: image, text, image tokens, text tokens, text mask; what is safe; what moved."""
+        images, ids, matched, marks = inputs
         dtype = DTYPES.get(self.train.precision)
         with contextlib.ExitStack() as stack:
             if dtype:
@@ -158,7 +160,7 @@ class Learner:
         first = [None if x is None else x[:rows] for x in both]
         second = [None if x is None or rows == len(images) else x[rows:] for x in both]
         first[1] = matched if text is None else first[1]
-        return [scale, *first, *second, safe]
+        return [scale, *first, *second, *marks]
 
     def _accumulate(self, parts: Sequence[Any], robust: bool, epoch: int) -> Tensor:
         """Gradient of the global batch's loss in len(parts) passes.
@@ -194,11 +196,11 @@ class Learner:
         if self.world > 1:  # value s, gradient 1/W of it (module docstring)
             scale = scale / self.world + (scale - scale / self.world).detach()
         merged = [_join([m[k] for m in micro]) for k in range(1, len(micro[0]))]
-        image, text, i, t, mask, image_b, text_b, i_b, t_b, mask_b, safe = (gather(x, self.world, self.rank) for x in merged)
+        image, text, i, t, mask, image_b, text_b, i_b, t_b, mask_b, safe, moved = (gather(x, self.world, self.rank) for x in merged)
         assert image is not None and text is not None
         image_queue, text_queue = self.queue if self.queue_size else (None, None)
         first, second = (image, text, scale, i, t, mask), (i_b, t_b, mask_b)
-        return ClipOutput(*first, *second, robust, image_b, text_b, safe, image_queue, text_queue, epoch)
+        return ClipOutput(*first, *second, robust, image_b, text_b, safe, image_queue, text_queue, epoch, moved)
 
     def weights(self) -> dict[str, np.ndarray]:
         """The model's state as numpy arrays on the CPU: what matching actors load."""
@@ -245,7 +247,7 @@ def split(examples: Examples, parts: int) -> list[Examples]:
         return [examples]
     bounds = np.linspace(0, len(examples.captions), parts + 1).astype(int)
     pick: Callable[[Any, int], Any] = lambda x, i: None if x is None else x[bounds[i] : bounds[i + 1]]
-    fields = (examples.images, examples.captions, examples.keys, examples.matched, examples.safe)
+    fields = (examples.images, examples.captions, examples.keys, examples.matched, examples.safe, examples.moved)
     return [Examples(*(pick(x, i) for x in fields)) for i in range(parts)]
 
 

@@ -394,13 +394,14 @@ class Worker:
         keys = prepared.epoch_keys(self.keys, epoch)
         images = (self.pixels.take(rows) for rows in order) if self.pixels.images is not None else self._stream(order)
         for rows, pixels in zip(order, _ahead(images), strict=True):
-            captions, matched = list(self.captions[rows]), None
+            captions, matched, moved = list(self.captions[rows]), None, None
             if "index" in pairing:
                 chosen = pairing["index"][rows]
+                moved = chosen >= 0
                 if pairing["matched"] == "embedding":
                     matched = pairing["features"][chosen]
                 captions = [own if i < 0 else pairing["captions"][i] for i, own in zip(chosen, captions, strict=True)]
-            yield Examples(pixels, captions, keys[rows], matched, None if safe is None else safe[rows])
+            yield Examples(pixels, captions, keys[rows], matched, None if safe is None else safe[rows], moved)
 
     def _stream(self, order: np.ndarray) -> Iterator[np.ndarray]:
         """Pixels of (steps, n) rows through Ray Data, a window of steps a task, in order."""

@@ -191,6 +191,27 @@ def test_pairs_that_were_not_re_assigned_are_not_aligned():
     assert OTCCLIP(beta=0, align="always").loss(out, clip_loss) > clip_loss(out)
 
 
+def test_of_a_robust_epoch_all_pairs_are_aligned_or_the_re_paired_ones_alone():
+    moved = torch.tensor([True, False, False, True, False, False])
+    out = dataclasses.replace(output(two=False), moved=moved)
+    lost = {
+        align: OTCCLIP(beta=0, alpha=1, negatives=0, align=align).loss(out, clip_loss) - clip_loss(out) for align in ("robust", "moved")
+    }
+    costs = torch.stack([distance(out.image_tokens[k], out.text_tokens[k], out.text_mask[k]) for k in range(6)])
+    torch.testing.assert_close(lost["robust"], costs.mean())
+    torch.testing.assert_close(lost["moved"], costs[moved].sum() / 6)
+    none = OTCCLIP(beta=0, align="moved").loss(dataclasses.replace(out, moved=~moved & moved), clip_loss)
+    assert none == clip_loss(out)
+
+
+def test_a_pair_that_moved_keeps_its_negatives_among_those_that_did_not():
+    out = output(rows=7)
+    rows = torch.arange(7)
+    one_by_one = torch.stack([inter_modal(out, 0.1, 2, rows[k : k + 1]) for k in range(7)])
+    torch.testing.assert_close(one_by_one.sum(), inter_modal(out, 0.1, 2))
+    torch.testing.assert_close(inter_modal(out, 0.1, 2, rows[[1, 4]]), one_by_one[[1, 4]].sum())
+
+
 def test_the_loss_pulls_pairs_together_under_autocast_too():
     out = output(rows=5)
     tokens = out.image_tokens.clone().requires_grad_()

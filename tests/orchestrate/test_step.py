@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from defenses.augmented import Augmented
 from defenses.base import ClipOutput, Defense, LossFn, clip_loss
+from defenses.otcclip import OTCCLIP
 from defenses.roclip import RoCLIP
 from defenses.safeclip import SafeCLIP
 from models import clip, encode
@@ -93,6 +94,9 @@ CASES = {
     ),
     "two views, neighbours among the latest pairs, and half of the pairs safe": Case("tiny-vit", SafeCLIP(warmup=1), selected=True),
     "the same in micro-batches": Case("tiny-vit", SafeCLIP(warmup=1), dataclasses.replace(SMOOTH, accumulate=2), selected=True),
+    "a loss of re-paired pairs alone": Case(
+        "tiny-vit", OTCCLIP(image_augment=False, text_augment=False, align="moved", beta=0, negatives=2), SMOOTH, selected=True, robust=True
+    ),
     "a loss on tokens in micro-batches": Case("tiny-vit", TokenLoss(), dataclasses.replace(SMOOTH, accumulate=4)),
 }
 
@@ -107,6 +111,7 @@ def examples(number: int, size: int = SIDE, matched: bool = False, selected: boo
         rng.integers(0, 2**63, BATCH).astype(np.uint64),
         features / np.linalg.norm(features, axis=1, keepdims=True) if matched else None,
         np.arange(BATCH) % 2 == 0 if selected else None,
+        np.arange(BATCH) % 3 == 0 if selected else None,
     )
 
 
@@ -114,8 +119,8 @@ def share(whole: Examples, rank: int, world: int, parts: int) -> Examples:
     """Two workers' shares differ in size, as where a batch does not divide; but three examples make no four micro-batches."""
     cut = [0, BATCH // 2 + (parts < 4), BATCH] if world == 2 else [0, BATCH]
     part = slice(cut[rank], cut[rank + 1])
-    matched, safe = (None if x is None else x[part] for x in (whole.matched, whole.safe))
-    return Examples(whole.images[part], whole.captions[part], whole.keys[part], matched, safe)
+    matched, safe, moved = (None if x is None else x[part] for x in (whole.matched, whole.safe, whole.moved))
+    return Examples(whole.images[part], whole.captions[part], whole.keys[part], matched, safe, moved)
 
 
 def learner(case: Case, seed: int = 0) -> Learner:
