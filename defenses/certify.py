@@ -3,9 +3,12 @@
 Poisoning size e: labelled examples added, removed or changed (features and labels at will). Votes of m test points over C classes are
 (m, C) counts; ties go to the smaller class; a point without any vote abstains, prediction −1, which counts as wrong.
 
-    kNN   the k nearest labelled examples vote: e changes replace at most e voters
+    kNN   the k nearest labelled examples vote, the earlier of equals: e changes replace at most e voters
     rNN   all labelled examples within a radius vote: e changes remove at most e votes and add at most e
-    DPA   heads fitted on disjoint shards vote: e changes alter at most e heads, if an example's shard depends on itself alone
+    DPA   heads fitted on disjoint shards vote: e changes alter at most e heads, if an example's shard depends on itself alone (where it
+          depends on the image, an image that is changed counts twice: it leaves one shard and joins another)
+
+Similarities are taken for exact: an attacker who decides how float32 rounds two of them is not considered.
 
 Source: Jia, Liu, Cao & Gong, "Certified Robustness of Nearest Neighbors against Data Poisoning and Backdoor Attacks", AAAI 2022,
 arXiv 2012.03765; Levine & Feizi, "Deep Partition Aggregation", ICLR 2021, arXiv 2006.14768.
@@ -16,10 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
 
 SCOPE = (
-    "Scope: poisoning of the labelled set of the downstream classifier (examples added, removed or changed), under this fixed encoder. "
+    "Scope: poisoning of the labelled set of the downstream classifier (examples added, removed or changed; to the heads of shards an "
+    "image exchanged for another counts as two), under this fixed encoder, for k and radius that do not follow from the labelled set. "
     "It says nothing of poison among the pairs that the encoder was trained on."
 )
 BLOCK = 2**24  # similarities held at once
@@ -29,15 +34,18 @@ ABSTAINS = -1
 def knn_votes(train: Tensor, labels: np.ndarray, test: Tensor, k: int, classes: int) -> np.ndarray:
     """Labels of the k most similar rows (cosine) → (m, C) int64. train (n, d), test (m, d) unit norm, labels (n,) in [0, C).
 
-    ValueError unless 0 < k ≤ n.
+    Of equally similar rows the earlier one is nearer: without an order of all rows, one that is taken away could exchange all voters
+    among its equals. ValueError unless 0 < k ≤ n.
     """
     if not 0 < k <= len(train):
         raise ValueError(f"k={k}: give a number of neighbours from 1 to the {len(train):,} labelled examples")
     votes = np.zeros((len(test), classes), dtype=np.int64)
     for rows, similar in _similar(train, test):
-        voters = labels[similar.topk(k, dim=1).indices.cpu().numpy()]
+        last = similar.topk(k, dim=1).values[:, -1:]
+        nearer, equal = similar > last, similar == last
+        voters = (nearer | (equal & (equal.cumsum(1, dtype=torch.int32) <= k - nearer.sum(1, keepdim=True)))).cpu().numpy()
         for label in range(classes):
-            votes[rows, label] = (voters == label).sum(1)
+            votes[rows, label] = voters[:, labels == label].sum(1)
     return votes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ NEAR = 0.05  # share of the pairs of test images that lie within the default rad
 
 @dataclass(frozen=True)
 class Settings:
-    """0 stands for a default that depends on nothing an attacker of the labelled set can touch (`k`, `radius`)."""
+    """0 stands for a default (`k`, `radius`). That of `radius` depends on the test images alone. That of `k` depends on the size of the
+    labelled set and, where its rows name the classes, on whether one more is named: a guarantee beyond this needs a k that was given."""
 
     most: int = 50  # largest poisoning size
     k: int = 0  # neighbours; 0: half of an average class of the labelled set
@@ -54,24 +56,26 @@ def certify_checkpoint(checkpoint: str, model: str | None, recipe: Recipe, setti
     dataset = prepared.opened(recipe.data)
     load = prepared.loader(recipe, None, None, None, recipe.data.side or clip.side(cfg))
     encoder = Encoder(built, cfg, "cuda" if torch.cuda.is_available() else "cpu", recipe.evaluate.batch, recipe.evaluate.precision)
-    parts: list[tuple[Tensor, np.ndarray, list[str]]] = []
+    parts: list[tuple[Tensor, np.ndarray, list[str]]] = []  # features, labels, hashes of the images
     for name, rows in (("labelled", dataset.train), ("test", dataset.heldout)):
         rows = prepared.as_clean(rows.filter(pa.array(labels_of(rows) >= 0)))
         if not rows.num_rows:
             raise ValueError(f"{recipe.data.path} has no {name} images with a class: give a labelled data set.")
-        found = []
+        found, content = [], []
         with Phase(f"encode {name}", rows.num_rows, "image") as phase:
             for low in range(0, rows.num_rows, recipe.evaluate.batch):
-                found.append(encoder.images(load(rows.slice(low, recipe.evaluate.batch))).cpu())
+                images = load(rows.slice(low, recipe.evaluate.batch))
+                found.append(encoder.images(images).cpu())
+                content += [hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() for image in images]
                 phase.at(min(low + recipe.evaluate.batch, rows.num_rows))
-        parts.append((torch.cat(found), labels_of(rows), rows.column("id").to_pylist()))
+        parts.append((torch.cat(found), labels_of(rows), content))
     return curves(*parts[0], *parts[1][:2], len(dataset.classes), settings, recipe.seed)
 
 
 def curves(
-    train: Tensor, labels: np.ndarray, ids: Sequence[str], test: Tensor, truth: np.ndarray, classes: int, settings: Settings, seed: int
+    train: Tensor, labels: np.ndarray, content: Sequence[str], test: Tensor, truth: np.ndarray, classes: int, settings: Settings, seed: int
 ) -> Certificate:
-    """train (n, d) and test (m, d) unit norm; labels (n,), truth (m,) in [0, classes)."""
+    """train (n, d) and test (m, d) unit norm; labels (n,), truth (m,) in [0, classes); content: hashes of the n images."""
     if settings.most < 0 or settings.k < 0 or settings.radius < 0 or settings.shards < 0:
         raise ValueError("--max, --k, --radius and --shards are 0 or more.")
     sizes = np.arange(settings.most + 1)
@@ -80,6 +84,8 @@ def curves(
         raise ValueError(
             f"kNN certificates up to {settings.most} need k + {settings.most} labelled examples; there are {len(train)}: lower --k."
         )
+    if not settings.radius and len(test) < 2:
+        raise ValueError("one test image has no pairs to take a radius from: give --radius, or more held-out images (data.heldout).")
     radius = settings.radius or float(np.quantile(1 - _pairs(test), NEAR))
     with Phase("votes") as phase:
         near = certify.rnn_votes(train, labels, test, radius, classes)
@@ -89,7 +95,7 @@ def curves(
             f"rNN, r={radius:.3g}, joint": certify.joint(near, truth, sizes),
         }
         if settings.shards:
-            votes = shard_votes(train, labels, ids, test, classes, settings.shards, seed, phase)
+            votes = shard_votes(train, labels, content, test, classes, settings.shards, seed, phase)
             found[f"probe, {settings.shards} shards"] = certify.individual(votes, truth, sizes)
     facts = {"labelled": len(train), "test": len(test), "classes": classes, "k": k, "radius": radius, "shards": settings.shards}
     return Certificate(sizes, found, facts | {"abstained": float((near.sum(1) == 0).mean())})
@@ -102,13 +108,21 @@ def _pairs(test: Tensor) -> np.ndarray:
 
 
 def shard_votes(
-    train: Tensor, labels: np.ndarray, ids: Sequence[str], test: Tensor, classes: int, shards: int, seed: int, phase: Phase | None = None
+    train: Tensor,
+    labels: np.ndarray,
+    content: Sequence[str],
+    test: Tensor,
+    classes: int,
+    shards: int,
+    seed: int,
+    phase: Phase | None = None,
 ) -> np.ndarray:
     """One logistic head a shard, fitted and scaled on that shard alone, each with one vote → (m, C). An empty shard does not vote.
 
-    The shard is a hash of the example's id: an example changed in place, added or removed is in one shard, whatever else it does.
+    The shard follows from the image alone (`content`, a hash of each): an example that is added, removed or given another label touches one
+    shard; one whose image is changed, two. An id would not do: where ids are row numbers, a removed row moves all behind it.
     """
-    home = ranks(ids, seed, "shard") % np.uint64(shards)
+    home = ranks(content, seed, "shard") % np.uint64(shards)
     votes = np.zeros((len(test), classes), dtype=np.int64)
     x, y = train.numpy(), test.numpy()
     for shard in range(shards):

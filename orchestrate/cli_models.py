@@ -26,7 +26,7 @@ def add(verb: Verb) -> None:
     _checkpoint(certify)
     certify.add_argument("--data", default="", help="labelled data set (default: the run directory's, else scenes)")
     certify.add_argument("--max", type=int, default=50, help="largest number of poisoned examples (default: 50)")
-    certify.add_argument("--k", type=int, default=0, help="neighbours of kNN (default: half of an average class)")
+    certify.add_argument("--k", type=int, default=0, help="neighbours of kNN (default: half of an average class of the labelled set)")
     certify.add_argument(
         "--radius", type=float, default=0.0, help="of rNN, 1 - cosine (default: 5 %% of the pairs of test images are nearer)"
     )

@@ -70,6 +70,20 @@ def test_knn_no_poisoning_of_the_certified_size_changes_a_prediction_and_one_mor
             assert (outcomes == {predicted[i]}) == (size <= found[i]), (i, size, outcomes, votes[i])
 
 
+@pytest.mark.parametrize("k", [1, 4, 5, 25])
+def test_among_equally_near_rows_one_that_goes_exchanges_one_voter(k: int) -> None:
+    """Duplicated images, as where each caption of an image is a row."""
+    train, test = torch.tensor([[1.0, 0.0]]).repeat(60, 1), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    train[::4] = torch.tensor([0.0, 1.0])
+    labels = (np.arange(60) >= 30).astype(int)
+    whole = certify.knn_votes(train, labels, test, k, 2)
+    assert (whole.sum(1) == k).all()
+    for gone in range(60):
+        kept = np.arange(60) != gone
+        votes = certify.knn_votes(train[kept], labels[kept], test, k, 2)
+        assert np.abs(votes - whole).sum(1).max() <= 2, gone
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("radius", [0.1, 0.8, 1.2])
 def test_rnn_no_poisoning_of_the_certified_size_changes_a_prediction_and_one_more_can(seed: int, radius: float) -> None:

@@ -123,11 +123,18 @@ def test_poison_in_one_shard_moves_one_vote() -> None:
 
     draw = torch.Generator().manual_seed(0)
     train, test = torch.randn(90, 6, generator=draw), torch.randn(20, 6, generator=draw)
-    labels, ids = np.random.default_rng(0).integers(3, size=90), [f"s{i}" for i in range(90)]
-    clean = shard_votes(train, labels, ids, test, 3, 4, 0)
+    labels, content = np.random.default_rng(0).integers(3, size=90), [f"s{i}" for i in range(90)]
+    clean = shard_votes(train, labels, content, test, 3, 4, 0)
     for i in range(2):
-        poisoned, wrong = train.clone(), labels.copy()
-        poisoned[i], wrong[i] = 1000.0, (labels[i] + 1) % 3
-        votes = shard_votes(poisoned, wrong, ids, test, 3, 4, 0)
-        assert (np.abs(votes - clean).sum(1) <= 2).all()
+        wrong = labels.copy()
+        wrong[i] = (labels[i] + 1) % 3
+        kept = np.arange(90) != i
+        for votes in (
+            shard_votes(train, wrong, content, test, 3, 4, 0),
+            shard_votes(train[kept], labels[kept], [c for c, k in zip(content, kept, strict=True) if k], test, 3, 4, 0),
+        ):
+            assert (np.abs(votes - clean).sum(1) <= 2).all()
+        exchanged, new = train.clone(), [*content]
+        exchanged[i], new[i] = 1000.0, "other"
+        assert (np.abs(shard_votes(exchanged, wrong, new, test, 3, 4, 0) - clean).sum(1) <= 4).all()
     assert (clean.sum(1) == 4).all()
