@@ -141,22 +141,24 @@ class MixtureSelector:
         """cosine (N,); among equal cosines the earlier row. From `least` to `most` of the pairs are safe, and two in any case."""
         count = len(cosine)
         agrees = posteriors(cosine)
-        wanted = int((agrees >= self.posterior).sum()) if before is None else round((before + self.growth) * count)
-        wanted = max(2, min(max(wanted, round(self.least * count)), int(self.most * count)))
+        share = float((agrees >= self.posterior).mean()) if before is None else before + self.growth
+        share = min(max(share, self.least), self.most)  # as asked for, not as rounded: small sets would never grow
+        wanted = max(2, min(round(share * count), int(self.most * count)))
         safe = np.zeros(count, dtype=bool)
         safe[np.argsort(-cosine, kind="stable")[:wanted]] = True  # the posterior never falls as the cosine rises
-        return Selection(safe, agrees.astype(np.float32), wanted / count)
+        return Selection(safe, agrees.astype(np.float32), share)
 
 
 def posteriors(x: np.ndarray) -> np.ndarray:
     """(N,): for each of x (N,) the posterior of the higher of two Gaussians fitted to them, made to rise with x.
 
     With unequal variances the wider component takes both tails: far below the lower mean (or far above the higher one) the posterior
-    turns round. There it keeps the value of the turning point, which lies outside of the two means.
+    turns round. There it keeps the value of the turning point, which lies outside of the two means. 0 where all x are equal: nothing tells
+    pairs that agree from others.
     """
     x = x.astype(np.float64)
     if x.std() < 1e-12:
-        return np.full(len(x), 0.5)
+        return np.zeros(len(x))
     weight, mean, variance = fit_mixture(x)
     bend = 1 / variance[0] - 1 / variance[1]
     if abs(bend) > 1e-12:

@@ -61,7 +61,8 @@ def measure(
     classes: Sequence[str],
 ) -> dict[str, float | int]:
     """`hint/top1`, `hint/asr/NAME` (with `/hits`, `/total`, `/low`, `/high`), `hint/loss` on the trusted examples; the same of the probe
-    fitted on the examples as they are under `hint/plain/…`; `hint/poisoned`, `hint/total`: examples that are, and all.
+    fitted on the examples as they are under `hint/plain/…`; `hint/poisoned`, `hint/learnt`: examples that are, and all; `hint/total`: test
+    images of known class, the trials of both top1.
 
     test (m, d) with truth (m,), −1 unknown; shown: attack → features (k, d) of its probes and the adversary's class of each (k,).
     """
@@ -75,7 +76,8 @@ def measure(
     hardened = given.hardener.harden(x, y, valid, valid_y, len(classes), images)
     centre, scale = hint.standards(x)
     test, known = (test.cpu().double() - centre) / scale, (truth >= 0).cpu()
-    out: dict[str, float | int] = {"hint/total": len(x), "hint/poisoned": int(sum(given.rows.column("poison").to_pylist()))}
+    poisoned = int(sum(given.rows.column("poison").to_pylist()))
+    out: dict[str, float | int] = {"hint/total": int(known.sum()), "hint/learnt": len(x), "hint/poisoned": poisoned}
     for name, learned in (("hint", hardened), ("hint/plain", x)):
         head = hint.fit((learned.double() - centre) / scale, y, len(classes), given.hardener.penalty)
         guess = lambda some, head=head: (torch.cat([some, some.new_ones(len(some), 1)], 1) @ head).argmax(1)

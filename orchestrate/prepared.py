@@ -217,12 +217,22 @@ def check_size(recipe: Recipe, table: pa.Table) -> None:
             f"train.batch={train.batch} is smaller than cluster.workers={recipe.cluster.workers} × train.accumulate={train.accumulate}: "
             "each takes at least one pair."
         )
-    defense = build_defense(recipe)
-    if type(defense).selector is not Defense.selector and not any(defense.selector(e) for e in range(1, train.epochs + 1)):
+    defense, kind = build_defense(recipe), type(build_defense(recipe))
+    if (kind.matcher, kind.selector) != (Defense.matcher, Defense.selector) and not defense.rounds(train.epochs):
         raise ValueError(
-            f"train.epochs={train.epochs} end before {type(defense).__name__} selects any pair: train longer, or shorten what comes before "
-            "(such as defense.warmup)."
+            f"train.epochs={train.epochs} end before {kind.__name__} matches or selects any pair: train longer, or shorten what comes "
+            "before (such as defense.warmup, or defense.every)."
         )
+    if (hardener := defense.hardener()) is not None:
+        from orchestrate.hardening import hardening
+
+        if not recipe.evaluate.probe:
+            raise ValueError(f"{kind.__name__} hardens the probe, which evaluate.probe=false leaves out: leave it true.")
+        if hardening(hardener, table, recipe.evaluate.probe_size, recipe.seed) is None:
+            raise ValueError(
+                f"{kind.__name__} hardens a probe of labelled images, and no class is known of {recipe.data.path}, or of too few images: "
+                "give labels, or data.classes that the captions name; or more in evaluate.probe_size."
+            )
     if (plan := defense.repair()) is not None:
         trusted = len(trusted_positions(table, plan.clean, recipe.seed))
         if trusted < plan.batch or plan.batch < recipe.cluster.workers:

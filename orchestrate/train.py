@@ -297,7 +297,7 @@ class Worker:
             total_steps=self.steps * recipe.train.epochs,
             device=ray.train.torch.get_device(),
             unused=any((m := self.defense.matcher(e)) is not None and m.matched == "embedding" for e in epochs),
-            queue=how_many(queue, len(self.rows)) if queue else 0,
+            queue=max(2, how_many(queue, len(self.rows))) if queue else 0,  # of one, all pairs would have the same neighbour
         )
         self.first, self.noted, self.restored = 1, 0.0, ""
         if (checkpoint := ray.train.get_checkpoint()) is not None:

@@ -64,7 +64,7 @@ def test_more_cosine_is_never_less_safe(values: list[float]) -> None:
 def test_equal_cosines_are_split_by_row_and_by_nothing_else() -> None:
     cosine = np.array([0.9, 0.1, 0.5, 0.5, 0.5, 0.5, 0.1, 0.2, 0.1, 0.1], dtype=np.float32)
     found = SPLIT.split(cosine, 0.29)
-    assert found.share == 0.3 and np.flatnonzero(found.safe).tolist() == [0, 2, 3]
+    assert found.share == pytest.approx(0.3) and np.flatnonzero(found.safe).tolist() == [0, 2, 3]
 
 
 def test_the_safe_set_grows_by_its_share_up_to_its_bound() -> None:
@@ -77,6 +77,21 @@ def test_the_safe_set_grows_by_its_share_up_to_its_bound() -> None:
     assert abs(sizes[0] - 500) < 10 and found.safe[500:].all()
     assert np.diff(sizes)[:30].tolist() == [10] * 30
     assert sizes[-1] == 850
+
+
+def test_a_small_set_grows_too_though_each_step_is_less_than_a_pair() -> None:
+    share, sizes = None, []
+    for _ in range(60):
+        found = MixtureSelector(posterior=0.9, growth=0.01, most=0.85, least=0.05).split(np.full(45, 0.3, dtype=np.float32), share)
+        share = found.share
+        sizes.append(int(found.safe.sum()))
+    assert (sizes[0], sizes[-1]) == (2, round(0.64 * 45)) and set(np.diff(sizes)) == {0, 1}
+
+
+@pytest.mark.parametrize("posterior", [0.1, 0.5, 0.9])
+def test_an_encoder_that_tells_nothing_apart_is_not_trusted(posterior: float) -> None:
+    found = MixtureSelector(posterior, 0.02, 0.85, 0.05).split(np.full(1000, 0.3, dtype=np.float32), None)
+    assert found.safe.sum() == 50
 
 
 def test_where_no_pair_is_sure_the_best_few_are_safe() -> None:

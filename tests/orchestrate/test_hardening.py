@@ -11,7 +11,7 @@ import torch
 from attacks.base import class_names
 from defenses.hint import HINT
 from models import clip, export
-from orchestrate import cli, prepared
+from orchestrate import cli, measure, prepared
 from orchestrate.data.index import open_dataset
 from orchestrate.hardening import hardening
 
@@ -49,9 +49,11 @@ def test_an_evaluation_tells_both_probes(where: str, tmp_path: Path, capsys: pyt
     assert cli.main(words) == 0
     assert "hint/plain/asr/stripes" in capsys.readouterr().out
     found = json.loads((tmp_path / "out.json").read_text())["antidote"]
-    assert found["hint/total"] == 64 and 0 < found["hint/poisoned"] < 40
+    assert found["hint/learnt"] == 64 and 0 < found["hint/poisoned"] < 40
     for name in ("hint", "hint/plain"):
         assert found[f"{name}/asr/stripes/total"] == found["asr/stripes/total"] == 18
         assert found[f"{name}/asr/stripes"] == found[f"{name}/asr/stripes/hits"] / 18
         assert 0 <= found[f"{name}/top1"] <= 1
+        right, tried = measure.counts(found, f"{name}/top1")
+        assert tried == found["zeroshot/total"] and found[f"{name}/top1"] == right / tried
     assert found["hint/loss"] < found["hint/plain/loss"]

@@ -180,7 +180,10 @@ def test_rows_for_the_probe_are_labelled_clean_and_chosen_by_hash(dataset):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"defense": "safeclip", "train.epochs": 6}, "train.epochs=6 end before SafeCLIP selects any pair"),
+        ({"defense": "safeclip", "train.epochs": 6}, "train.epochs=6 end before SafeCLIP matches or selects any pair"),
+        ({"defense": "otcclip", "defense.warmup": 4, "train.epochs": 4}, "train.epochs=4 end before OTCCLIP matches or selects any pair"),
+        ({"defense": "roclip", "defense.every": 9, "train.epochs": 3}, "or defense.every"),
+        ({"defense": "hint", "evaluate.probe": False}, "HINT hardens the probe, which evaluate.probe=false leaves out"),
         ({"defense": "safeclip", "train.epochs": 7}, None),
         ({"defense": "cleanclip", "defense.batch": 64, "defense.clean": 60}, "the repair's batch of 64 .* and its 60 trusted pairs"),
         (
@@ -199,6 +202,15 @@ def test_a_stage_that_cannot_be_is_refused_before_training(folder, dataset, word
     else:
         with pytest.raises(ValueError, match=message):
             prepared.check_size(recipe, table)
+
+
+def test_a_probe_that_nothing_can_harden_is_refused_and_not_passed_over(folder, dataset):
+    recipe = small.recipe(folder, defense="hint")
+    table = prepared.plan(recipe, dataset).table
+    prepared.check_size(recipe, table)
+    unknown = pa.array(np.full(table.num_rows, -1), pa.int32())
+    with pytest.raises(ValueError, match="no class is known of"):
+        prepared.check_size(recipe, table.set_column(table.column_names.index("label"), "label", unknown))
 
 
 @pytest.mark.parametrize(
