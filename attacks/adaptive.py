@@ -12,10 +12,11 @@ import pyarrow as pa
 
 from attacks.backdoor import Stripes
 from attacks.base import Study, free, labels, pick, ranks, shared_classes
-from attacks.captions import avoiding, class_captions, overlapping, prompts
+from attacks.captions import avoiding, class_captions, overlapping, prompts, shuffled
 from attacks.targeted import Target, Targeted, take_turns
 
 NEAR = 64  # captions that a transport distance is computed for, the nearest by cosine
+CENTRE = 256  # captions that a class's centre is the mean of, at most
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class AdaptiveTargeted(Targeted):
     Cost: a surrogate, once a set and seed: about 2 minutes of 2 cores for 6,000 images of 64 px.
     The fields `targets`, `copies`, `captions`: see `Targeted`.
 
-    adversary: one class for all targets; "" takes for each target the wrong class whose captions are nearest to it on average.
-    match: "cosine" chooses captions by the distance that RoCLIP matches with, "transport" by OTCCLIP's, patches against words.
+    adversary: one class for all targets; "" takes for each target the wrong class whose captions (256 of them by hash) are nearest to it
+        on average, no class for more than two targets or twice its share of them, whichever is more.
+    match: "cosine" chooses captions by the distance that RoCLIP matches with, "transport" by OTCCLIP's, patches against words, among the
+        64 that are nearest by cosine; further ones follow in the order of cosine.
     spread: captions chosen among `spread` times as many as needed, the nearest, by hash: 1 takes the nearest themselves.
     surrogate_pairs: clean training pairs the surrogate learns from, at most.
     surrogate_epochs: epochs of its training.
@@ -91,9 +94,9 @@ def most(targets: int, classes: list[str]) -> int:
     return max(2, -(-2 * targets // len(classes)))
 
 
-def class_centre(clean: pa.Table, name: str, seed: int, study: Study) -> np.ndarray:
-    """(d,): the mean of the features of captions that name the class, of prompts where none does."""
-    captions = sorted(class_captions(clean, name).to_pylist())[:256] or prompts(name, seed, "centre")
+def class_centre(index: pa.Table, name: str, seed: int, study: Study) -> np.ndarray:
+    """(d,): the mean of the features of captions that name the class, CENTRE of them by hash; of prompts where none does."""
+    captions = shuffled(class_captions(index, name).to_pylist(), seed, f"centre/{name}")[:CENTRE] or prompts(name, seed, "centre")
     centre = study.text_features(captions).mean(axis=0)
     unit: np.ndarray = centre / max(1e-9, float(np.linalg.norm(centre)))
     return unit
@@ -125,7 +128,8 @@ class AdaptiveBackdoor(Stripes):
     spread: images chosen among `spread` times as many as needed, the nearest, by hash: 1 takes the nearest themselves. Ours 1.5.
     surrogate_pairs: clean training pairs the surrogate learns from, at most.
     surrogate_epochs: epochs of its training.
-    Limits: the trigger itself is not adapted; for that see `badclip`. Captions repeat where images of one class are nearest to few.
+    Limits: nearness to the class is nearness to the mean of at most 256 of its captions, drawn by hash. The trigger itself is not adapted;
+        for that see `badclip`. Captions repeat where images of one class are nearest to few.
     """
 
     spread: float = 1.5

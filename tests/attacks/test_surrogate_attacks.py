@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from attacks.adaptive import AdaptiveBackdoor, AdaptiveTargeted, nearest
+from attacks.adaptive import AdaptiveBackdoor, AdaptiveTargeted, class_centre, nearest
 from attacks.badclip import BadCLIP, objective
 from attacks.base import class_names, ranks
 from attacks.captions import class_captions
@@ -158,7 +158,7 @@ def test_the_adaptive_backdoor_poisons_near_images_with_near_captions(index: pa.
     attack = AdaptiveBackdoor(count=40, adversary="fox", spread=1.0)
     plan = attack.plan(index, heldout, 0, study)
     captions = class_captions(index, "fox").to_pylist()
-    centre = study.text_features(sorted(captions)[:256]).mean(axis=0)
+    centre = class_centre(index, "fox", 0, study)
     label, fox = index["label"].to_pylist(), class_names(index).index("fox")
     free = [i for i, c, k in zip(index["id"].to_pylist(), index["caption"].to_pylist(), label, strict=True)
             if (k >= 0 and k != fox) or (k < 0 and "fox" not in c.lower())]  # fmt: skip
@@ -168,6 +168,18 @@ def test_the_adaptive_backdoor_poisons_near_images_with_near_captions(index: pa.
         usable = sorted(c for c in captions if not (row["truth"] and re.search(row["truth"].replace("cherry", "cherr"), c.lower())))
         scores = study.text_features(usable) @ study.image_features("train", [row["image_id"]])[0]
         assert row["caption"] == usable[int(np.argmax(scores))]
+
+
+def test_the_centre_of_a_class_is_of_captions_drawn_by_hash_not_of_the_first_in_the_alphabet(index: pa.Table, study: Any) -> None:
+    captions = [f"fox {n:04d}" for n in range(1000)]
+    many = pa.table({"id": captions, "caption": captions, "label": [-1] * 1000}).replace_schema_metadata(index.schema.metadata)
+    asked: list[str] = []
+    study.text_features = lambda captions: asked.extend(captions) or unit(captions, "text")
+    found = class_centre(many, "fox", 0, study)
+    numbers = np.array([int(caption[-4:]) for caption in asked])
+    assert len(set(asked)) == 256 and 400 < numbers.mean() < 600 and numbers.max() > 900
+    assert np.array_equal(class_centre(many.take(np.arange(1000)[::-1]), "fox", 0, study), found)
+    assert not np.array_equal(class_centre(many, "fox", 1, study), found)
 
 
 # --- BadCLIP -----------------------------------------------------------------------------------------------------------------
