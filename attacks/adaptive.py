@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from attacks.backdoor import Stripes
-from attacks.base import Study, free, labels, pick, ranks, shared_classes
+from attacks.base import Study, labels, pick, ranks, shared_classes
 from attacks.captions import avoiding, class_captions, overlapping, prompts, shuffled
 from attacks.targeted import Target, Targeted, take_turns
 
@@ -65,7 +65,8 @@ class AdaptiveTargeted(Targeted):
         if len(rows) < self.targets:
             raise ValueError(f"{self.targets} targets wanted, but the held-out set has {len(rows)} labelled images. Lower `targets`.")
         chosen = take_turns(label[rows], ranks(ids, seed, "targets"), ranks(classes, seed, "turns"))[: self.targets]
-        centres = np.stack([class_centre(free(index), name, seed, study) for name in classes])  # (C, d)
+        # Of the whole index, whatever another part has replaced: probes do not know that, and must name the plan's adversaries.
+        centres = np.stack([class_centre(index, name, seed, study) for name in classes])  # (C, d)
         likeness = study.image_features("heldout", [ids[i] for i in chosen]) @ centres.T
         used: Counter[str] = Counter()
         targets = []

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from attacks.adaptive import AdaptiveBackdoor, AdaptiveTargeted, class_centre, nearest
+from attacks.backdoor import BadNets
 from attacks.badclip import BadCLIP, objective
 from attacks.base import class_names, ranks
 from attacks.captions import class_captions
@@ -180,6 +181,13 @@ def test_the_centre_of_a_class_is_of_captions_drawn_by_hash_not_of_the_first_in_
     assert len(set(asked)) == 256 and 400 < numbers.mean() < 600 and numbers.max() > 900
     assert np.array_equal(class_centre(many.take(np.arange(1000)[::-1]), "fox", 0, study), found)
     assert not np.array_equal(class_centre(many, "fox", 1, study), found)
+
+
+def test_an_adaptive_attack_behind_another_probes_the_adversaries_it_planted(index: pa.Table, heldout: pa.Table, study: Any) -> None:
+    joined = Several((("badnets", BadNets(count=900, adversary="fox")), ("adaptive", AdaptiveTargeted(targets=12, copies=3))))
+    planted = [row for row in joined.plan(index, heldout, 0, study).table.to_pylist() if row["kind"] == "targeted"]
+    probed = joined.probes(index, heldout, 0, study).tables["adaptive"].to_pylist()
+    assert [(row["image_id"], row["adversary"]) for row in planted[::3]] == [(row["image_id"], row["adversary"]) for row in probed]
 
 
 # --- BadCLIP -----------------------------------------------------------------------------------------------------------------
