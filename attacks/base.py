@@ -29,7 +29,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("image_id", pa.string()),  # whose pixels it shows
         ("image_split", pa.string()),  # "train" or "heldout": where image_id lives
         ("caption", pa.string()),  # the caption it is trained with
-        ("stamp", pa.string()),  # name of the trigger that `stamp` applies, "" for none
+        ("stamp", pa.string()),  # name of the trigger that `stamp` applies, "" for none; see `trigger_of`
         ("kind", pa.string()),  # "targeted", "backdoor", "retrieval" or "text": how success is measured
         ("adversary", pa.string()),  # class the attacker wants to see
         ("truth", pa.string()),  # class the image really shows, "" where unknown
@@ -197,6 +197,11 @@ def free(index: pa.Table) -> pa.Table:
     `combine.Several` marks those in a bool column `taken`; counts and shares stay those of the whole index.
     """
     return index.filter(pc.invert(index["taken"])) if "taken" in index.column_names else index
+
+
+def trigger_of(stamp: str) -> str:
+    """The trigger a stamp names, "corrupt/support" of "corrupt/support/7": what stands behind a second slash is the draw of one picture."""
+    return "/".join(stamp.split("/")[:2])
 
 
 def ranks(ids: Sequence[str], seed: int, salt: str) -> np.ndarray:
