@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from attacks.base import (
     PROBE_SCHEMA,
@@ -60,10 +61,10 @@ class MMPoison:
     def plan(self, index: pa.Table, heldout: pa.Table, seed: int) -> Manifest:
         goals = self.goals(shared_classes(index, heldout), seed)
         clean, count = free(index), how_many(self.count, index.num_rows)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for group, (asked, shown) in enumerate(goals):
             share = count // len(goals) + (group < count % len(goals))
-            pairs = self._pairs(clean, asked, shown, share, seed)
+            pairs = self._pairs(_without(clean, [row["id"] for row in rows]), asked, shown, share, seed)
             split = "heldout" if self.variant == "I" else "train"
             images = [self._one(heldout, shown, seed)] if self.variant == "I" else self._images(clean, shown, asked, seed)
             for number, (identifier, caption) in enumerate(pairs):
@@ -125,6 +126,11 @@ def _next(order: list[str], used: set[str], asked: str) -> str:
         if name not in used and not any(overlapping(name, other) for other in used if other):
             return name
     raise ValueError(f"too few classes to take {asked or 'captions'!r} for another: the data need more classes with different names.")
+
+
+def _without(table: pa.Table, ids: list[str]) -> pa.Table:
+    """Less the pairs that an earlier goal has taken: a caption without label may name the classes of both."""
+    return table.filter(pc.invert(pc.is_in(table["id"], value_set=pa.array(ids, pa.string()))))
 
 
 def _numbers(table: pa.Table, name: str) -> list[int]:
