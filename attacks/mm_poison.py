@@ -34,8 +34,8 @@ class MMPoison:
     Paper: Yang, He, Li, Backes, Humbert, Berrang & Zhang, "Data Poisoning Attacks Against Multimodal Encoders", ICML 2023
         (arXiv 2209.15266); its attacks I, II and III.
     Threat model: the attacker changes which image stands beside some captions of a scraped training set; nothing at test time.
-    Success: of all held-out images one of the attacker's ranks first for a held-out caption of class A (Hit@1). Hit@5, Hit@10 and MinRank
-        stand beside it, and what a random order gives.
+    Success: of all held-out images one of the attacker's ranks first for a held-out caption that names class A and not B (Hit@1). Hit@5,
+        Hit@10 and MinRank stand beside it, and what a random order gives.
     Cost: one hash for each pair of class A when planning; nothing at training time.
 
     variant: "I": all poisoned pairs show one image of B, taken from the held-out set, and that image is to be found; "II": they show
