@@ -219,9 +219,11 @@ def pick(ids: Sequence[str], count: int, seed: int, salt: str) -> np.ndarray:
 
 
 def how_many(amount: float, total: int) -> int:
-    """A count (an int, 0 for none) or a share of `total` (a float in (0, 1)) as a count."""
+    """A count (an int, 0 for none) or a share of `total` (a float up to 1.0, the whole) as a count."""
     if isinstance(amount, bool) or amount < 0:
         raise ValueError(f"count {amount!r} is neither a count nor a share: give a whole number, or a share between 0 and 1.")
+    if isinstance(amount, float) and amount == 1:  # 1 is one, 1.0 the whole
+        return total
     if isinstance(amount, float) and 0 < amount < 1:
         share = round(amount * total)
         if share == 0:  # a plan without poison would pass for a defence that works

@@ -284,7 +284,7 @@ def trusted_positions(table: pa.Table, amount: int | float, seed: int) -> np.nda
     """The same as positions in `table`, int64 (n,), ascending."""
     clean = np.flatnonzero(~table.column("poison").to_numpy(zero_copy_only=False))
     ids = table.column("id").take(pa.array(clean)).to_pylist()
-    count = len(ids) if amount == 1.0 else min(len(ids), how_many(amount, len(ids)))
+    count = min(len(ids), how_many(amount, len(ids)))
     return np.sort(clean[pick(ids, count, seed, "trusted")])
 
 

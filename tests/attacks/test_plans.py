@@ -171,10 +171,14 @@ def test_count_and_rate(attack: Any, count: int, rate: float, index: pa.Table, h
     assert plan.rate == pytest.approx(rate)
 
 
-@given(amount=st.one_of(st.integers(0, 10**6), st.floats(1e-3, 0.999)), total=st.integers(10**4, 10**7))
+@given(amount=st.one_of(st.integers(0, 10**6), st.floats(1e-3, 1)), total=st.integers(10**4, 10**7))
 def test_how_many(amount: float, total: int) -> None:
     count = how_many(amount, total)
     assert count == amount if isinstance(amount, int) else abs(count - amount * total) <= 0.5
+
+
+def test_one_is_a_pair_and_one_point_nought_the_whole() -> None:
+    assert [how_many(1, 700), how_many(1.0, 700), how_many(1.0, 0)] == [1, 700, 0]
 
 
 @pytest.mark.parametrize("amount", [-1, 1.5, True, 1e-6])
