@@ -234,6 +234,12 @@ def how_many(amount: float, total: int) -> int:
     return int(amount)
 
 
+def check_count(count: int, among: int, what: str) -> None:
+    """ValueError where some of `what`, each of them measured, would get no pair. No pair at all is a clean run, and fine."""
+    if 0 < count < among:
+        raise ValueError(f"{count} poisoned pair(s) for {among} {what}, each of which is measured: {among} at least, or 0 for none.")
+
+
 def manifest(attack: Any, rows: list[dict[str, Any]], index: pa.Table, seed: int) -> Manifest:
     """Rows → Manifest, with the header every manifest carries. Rate = poisoned / training pairs after poisoning."""
     table = pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)

@@ -14,6 +14,7 @@ from attacks.base import (
     PROBE_SCHEMA,
     Manifest,
     Probes,
+    check_count,
     class_names,
     free,
     how_many,
@@ -61,6 +62,7 @@ class MMPoison:
     def plan(self, index: pa.Table, heldout: pa.Table, seed: int) -> Manifest:
         goals = self.goals(shared_classes(index, heldout), seed)
         clean, count = free(index), how_many(self.count, index.num_rows)
+        check_count(count, len(goals), "pairs of classes")
         rows: list[dict[str, Any]] = []
         for group, (asked, shown) in enumerate(goals):
             share = count // len(goals) + (group < count % len(goals))

@@ -60,6 +60,12 @@ def test_a_caption_of_both_goals_is_taken_by_one(heldout: pa.Table) -> None:
     apply(index, heldout, plan)
 
 
+def test_fewer_pairs_than_goals_are_refused(index: pa.Table, heldout: pa.Table) -> None:
+    with pytest.raises(ValueError, match="2 at least"):
+        MMPoison(variant="III", count=1).plan(index, heldout, 0)
+    assert MMPoison(variant="III", count=0).plan(index, heldout, 0).count == 0
+
+
 def test_wrong_goals_are_refused(index: pa.Table, heldout: pa.Table) -> None:
     with pytest.raises(ValueError, match="own class"):
         MMPoison(adversary="dog", shown="dog")

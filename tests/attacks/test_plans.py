@@ -17,6 +17,7 @@ from attacks.backdoor import Backdoor, BadNets, Blended, Stripes
 from attacks.base import MANIFEST_SCHEMA, PROBE_SCHEMA, Manifest, class_names, how_many
 from attacks.captions import PROMPTS, naming, overlapping
 from attacks.combine import Several
+from attacks.multi import MultiTrigger
 from attacks.targeted import Targeted
 
 WRONG: Any = "own"
@@ -228,6 +229,7 @@ def test_classes_within_one_another_overlap() -> None:
         (lambda: Blended(alpha=2.0), "up to 1"),
         (lambda: Targeted(captions=WRONG), "choose 'training'"),
         (lambda: Targeted(targets=0), "at least one"),
+        (lambda: MultiTrigger(count=2), "3 triggers, each of which is measured: 3 at least"),
     ],
 )
 def test_errors_say_the_mend(build: Any, mend: str, index: pa.Table, heldout: pa.Table) -> None:
