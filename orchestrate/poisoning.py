@@ -20,7 +20,7 @@ def write(recipe: Recipe, out: Path) -> Iterator[str]:
     """manifest.parquet and sheet.png in `out`; yields what was planned, line by line. ValueError for a recipe without attack."""
     if recipe.attack is None:
         raise ValueError("this recipe has no attack: name one, such as attack=targeted+stripes.")
-    dataset = prepared.opened(recipe.data)
+    dataset = prepared.readable(recipe)
     ready = prepared.plan(recipe, dataset)
     assert ready.manifest is not None
     out.mkdir(parents=True, exist_ok=True)
