@@ -13,7 +13,7 @@ import pyarrow as pa
 from attacks.backdoor import Stripes
 from attacks.base import Study, labels, pick, ranks, shared_classes
 from attacks.captions import avoiding, class_captions, overlapping, prompts, shuffled
-from attacks.targeted import Target, Targeted, take_turns
+from attacks.targeted import Quotes, Target, Targeted, take_turns
 
 NEAR = 64  # captions that a transport distance is computed for, the nearest by cosine
 CENTRE = 256  # captions that a class's centre is the mean of, at most
@@ -80,10 +80,10 @@ class AdaptiveTargeted(Targeted):
             targets.append(Target(ids[position], truth, adversary))
         return targets
 
-    def _captions(self, target: Target, source: pa.Array | None, copies: int, seed: int, index: pa.Table, study: Study | None) -> list[str]:
+    def _captions(self, target: Target, quotes: Quotes | None, copies: int, seed: int, study: Study | None) -> list[str]:
         assert study is not None
         made = prompts(target.adversary, seed, f"prompts/{target.image_id}")
-        captions = avoiding(source, target.truth).to_pylist() if source is not None else made
+        captions = avoiding(quotes.of(target.adversary), target.truth).to_pylist() if quotes is not None else made
         near = nearest(captions, target.image_id, self.match, study)[: round(self.spread * copies)]
         order = np.argsort(ranks(near, seed, "spread"), kind="stable")[:copies] if self.spread > 1 else np.arange(len(near))
         found = [near[i] for i in order]

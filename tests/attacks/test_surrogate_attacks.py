@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from attacks import targeted
 from attacks.adaptive import AdaptiveBackdoor, AdaptiveTargeted, class_centre, nearest
 from attacks.backdoor import BadNets
 from attacks.badclip import BadCLIP, objective
@@ -112,6 +113,15 @@ def test_rewritten_captions_name_the_adversary_and_stood_elsewhere(index: pa.Tab
             name = row["adversary"]
             others = [c for c in class_names(index) if c not in (name, row["truth"]) or c == row["truth"]]
             assert any(swapped(row["caption"], name, other) in captions for other in others)
+
+
+def test_captions_are_searched_for_a_class_once_however_many_targets_there_are(
+    index: pa.Table, heldout: pa.Table, study: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+    monkeypatch.setattr(targeted, "class_captions", lambda table, name: searched.append(name) or class_captions(table, name))
+    ToxicText(targets=6, copies=4).plan(index, heldout, 0, study)
+    assert sorted(searched) == sorted(class_names(index))
 
 
 def test_fitting_is_by_the_rest_of_the_caption(study: Any) -> None:
