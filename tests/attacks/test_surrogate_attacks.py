@@ -74,6 +74,8 @@ def study() -> Any:
         ("two boats and a boathouse", "boat", "fox", "two foxes and a boathouse"),
         ("an apple near apples", "apple", "cherry", "a cherry near cherries"),
         ("three cherries", "cherry", "dog", "three dogs"),
+        ("two men and a man", "man", "fox", "two foxes and a fox"),
+        ("a dog and three dogs", "dog", "old woman", "an old woman and three old women"),
         ("the traffic-light is red", "traffic light", "car", "the car is red"),
     ],
 )
