@@ -129,8 +129,8 @@ class AdaptiveBackdoor(Stripes):
     spread: images chosen among `spread` times as many as needed, the nearest, by hash: 1 takes the nearest themselves. Ours 1.5.
     surrogate_pairs: clean training pairs the surrogate learns from, at most.
     surrogate_epochs: epochs of its training.
-    Limits: nearness to the class is nearness to the mean of at most 256 of its captions, drawn by hash. The trigger itself is not adapted;
-        for that see `badclip`. Captions repeat where images of one class are nearest to few.
+    Limits: the trigger itself is not adapted; for that see `badclip`. Captions repeat where images of one class are nearest to few.
+        Nearness to the class is nearness to the mean of 256 of its captions at most, drawn by hash.
     """
 
     spread: float = 1.5
