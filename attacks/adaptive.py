@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from attacks.backdoor import Stripes
-from attacks.base import Study, free, labels, pick, ranks, shared_classes
-from attacks.captions import avoiding, class_captions, overlapping, prompts
-from attacks.targeted import Target, Targeted, take_turns
+from attacks.base import Study, labels, pick, ranks, shared_classes
+from attacks.captions import avoiding, class_captions, overlapping, prompts, shuffled
+from attacks.targeted import Quotes, Target, Targeted, take_turns
 
 NEAR = 64  # captions that a transport distance is computed for, the nearest by cosine
+CENTRE = 256  # captions that a class's centre is the mean of, at most
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class AdaptiveTargeted(Targeted):
     Cost: a surrogate, once a set and seed: about 2 minutes of 2 cores for 6,000 images of 64 px.
     The fields `targets`, `copies`, `captions`: see `Targeted`.
 
-    adversary: one class for all targets; "" takes for each target the wrong class whose captions are nearest to it on average.
-    match: "cosine" chooses captions by the distance that RoCLIP matches with, "transport" by OTCCLIP's, patches against words.
+    adversary: one class for all targets; "" takes for each target the wrong class whose captions (256 of them by hash) are nearest to it
+        on average, no class for more than two targets or twice its share of them, whichever is more.
+    match: "cosine" chooses captions by the distance that RoCLIP matches with, "transport" by OTCCLIP's, patches against words, among the
+        64 that are nearest by cosine; further ones follow in the order of cosine.
     spread: captions chosen among `spread` times as many as needed, the nearest, by hash: 1 takes the nearest themselves.
     surrogate_pairs: clean training pairs the surrogate learns from, at most.
     surrogate_epochs: epochs of its training.
@@ -62,7 +65,8 @@ class AdaptiveTargeted(Targeted):
         if len(rows) < self.targets:
             raise ValueError(f"{self.targets} targets wanted, but the held-out set has {len(rows)} labelled images. Lower `targets`.")
         chosen = take_turns(label[rows], ranks(ids, seed, "targets"), ranks(classes, seed, "turns"))[: self.targets]
-        centres = np.stack([class_centre(free(index), name, seed, study) for name in classes])  # (C, d)
+        # Of the whole index, whatever another part has replaced: probes do not know that, and must name the plan's adversaries.
+        centres = np.stack([class_centre(index, name, seed, study) for name in classes])  # (C, d)
         likeness = study.image_features("heldout", [ids[i] for i in chosen]) @ centres.T
         used: Counter[str] = Counter()
         targets = []
@@ -76,10 +80,10 @@ class AdaptiveTargeted(Targeted):
             targets.append(Target(ids[position], truth, adversary))
         return targets
 
-    def _captions(self, target: Target, source: pa.Array | None, copies: int, seed: int, index: pa.Table, study: Study | None) -> list[str]:
+    def _captions(self, target: Target, quotes: Quotes | None, copies: int, seed: int, study: Study | None) -> list[str]:
         assert study is not None
         made = prompts(target.adversary, seed, f"prompts/{target.image_id}")
-        captions = avoiding(source, target.truth).to_pylist() if source is not None else made
+        captions = avoiding(quotes.of(target.adversary), target.truth).to_pylist() if quotes is not None else made
         near = nearest(captions, target.image_id, self.match, study)[: round(self.spread * copies)]
         order = np.argsort(ranks(near, seed, "spread"), kind="stable")[:copies] if self.spread > 1 else np.arange(len(near))
         found = [near[i] for i in order]
@@ -91,9 +95,9 @@ def most(targets: int, classes: list[str]) -> int:
     return max(2, -(-2 * targets // len(classes)))
 
 
-def class_centre(clean: pa.Table, name: str, seed: int, study: Study) -> np.ndarray:
-    """(d,): the mean of the features of captions that name the class, of prompts where none does."""
-    captions = sorted(class_captions(clean, name).to_pylist())[:256] or prompts(name, seed, "centre")
+def class_centre(index: pa.Table, name: str, seed: int, study: Study) -> np.ndarray:
+    """(d,): the mean of the features of captions that name the class, CENTRE of them by hash; of prompts where none does."""
+    captions = shuffled(class_captions(index, name).to_pylist(), seed, f"centre/{name}")[:CENTRE] or prompts(name, seed, "centre")
     centre = study.text_features(captions).mean(axis=0)
     unit: np.ndarray = centre / max(1e-9, float(np.linalg.norm(centre)))
     return unit
@@ -126,6 +130,7 @@ class AdaptiveBackdoor(Stripes):
     surrogate_pairs: clean training pairs the surrogate learns from, at most.
     surrogate_epochs: epochs of its training.
     Limits: the trigger itself is not adapted; for that see `badclip`. Captions repeat where images of one class are nearest to few.
+        Nearness to the class is nearness to the mean of 256 of its captions at most, drawn by hash.
     """
 
     spread: float = 1.5

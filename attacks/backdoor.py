@@ -16,6 +16,7 @@ from attacks.base import (
     Manifest,
     Probes,
     Study,
+    check_count,
     free,
     how_many,
     known_class,
@@ -64,7 +65,9 @@ class Backdoor:
         classes = shared_classes(index, heldout)
         target = self.target(classes, seed)
         clean = free(index)
-        victims = self._victims(clean, classes, target, how_many(self.count, index.num_rows), seed, study)
+        count = how_many(self.count, index.num_rows)
+        check_count(count, len(self.stamps), "triggers")
+        victims = self._victims(clean, classes, target, count, seed, study)
         captions = self._captions(clean, target, victims, seed, study)
         rows = []
         for number, ((identifier, truth), caption) in enumerate(zip(victims, captions, strict=True)):

@@ -29,7 +29,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("image_id", pa.string()),  # whose pixels it shows
         ("image_split", pa.string()),  # "train" or "heldout": where image_id lives
         ("caption", pa.string()),  # the caption it is trained with
-        ("stamp", pa.string()),  # name of the trigger that `stamp` applies, "" for none
+        ("stamp", pa.string()),  # name of the trigger that `stamp` applies, "" for none; see `trigger_of`
         ("kind", pa.string()),  # "targeted", "backdoor", "retrieval" or "text": how success is measured
         ("adversary", pa.string()),  # class the attacker wants to see
         ("truth", pa.string()),  # class the image really shows, "" where unknown
@@ -199,6 +199,11 @@ def free(index: pa.Table) -> pa.Table:
     return index.filter(pc.invert(index["taken"])) if "taken" in index.column_names else index
 
 
+def trigger_of(stamp: str) -> str:
+    """The trigger a stamp names, "corrupt/support" of "corrupt/support/7": what stands behind a second slash is the draw of one picture."""
+    return "/".join(stamp.split("/")[:2])
+
+
 def ranks(ids: Sequence[str], seed: int, salt: str) -> np.ndarray:
     """A pseudo-random rank for each id, uint64 (n,), from (id, seed, salt) alone: not from order, shard or process."""
     key = hashlib.blake2b(f"{seed}/{salt}".encode(), digest_size=16).digest()
@@ -214,9 +219,11 @@ def pick(ids: Sequence[str], count: int, seed: int, salt: str) -> np.ndarray:
 
 
 def how_many(amount: float, total: int) -> int:
-    """A count (an int, 0 for none) or a share of `total` (a float in (0, 1)) as a count."""
+    """A count (an int, 0 for none) or a share of `total` (a float up to 1.0, the whole) as a count."""
     if isinstance(amount, bool) or amount < 0:
         raise ValueError(f"count {amount!r} is neither a count nor a share: give a whole number, or a share between 0 and 1.")
+    if isinstance(amount, float) and amount == 1:  # 1 is one, 1.0 the whole
+        return total
     if isinstance(amount, float) and 0 < amount < 1:
         share = round(amount * total)
         if share == 0:  # a plan without poison would pass for a defence that works
@@ -225,6 +232,12 @@ def how_many(amount: float, total: int) -> int:
     if float(amount) != int(amount):
         raise ValueError(f"count {amount!r} is neither a whole number nor a share between 0 and 1.")
     return int(amount)
+
+
+def check_count(count: int, among: int, what: str) -> None:
+    """ValueError where some of `what`, each of them measured, would get no pair. No pair at all is a clean run, and fine."""
+    if 0 < count < among:
+        raise ValueError(f"{count} poisoned pair(s) for {among} {what}, each of which is measured: {among} at least, or 0 for none.")
 
 
 def manifest(attack: Any, rows: list[dict[str, Any]], index: pa.Table, seed: int) -> Manifest:

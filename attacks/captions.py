@@ -1,8 +1,8 @@
 """Captions that name a class: drawn from the training set, or made from prompts.
 
-A class is *named* where its name stands as whole words, in either case, singular or simple plural (-s, -es, -y to
--ies), words parted by spaces, hyphens or underscores. Limits: synonyms, irregular plurals and other languages
-are not seen.
+A class is *named* where its name stands as whole words, in either case, singular or plural (-s, -es, -y to -ies, or as the
+table of `plurals` has it), words parted by spaces, hyphens or underscores. Limits: synonyms, rarer plurals and other
+languages are not seen.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from attacks.base import class_names, labels, ranks
+from attacks.plurals import irregular
 
 Source = Literal["training", "templates"]
 
@@ -58,6 +59,8 @@ def pattern(name: str) -> str:
         raise ValueError(f"class name {name!r} has no letters, so no caption can name it: mend the list of classes.")
     last = words[-1]
     words[-1] = last[:-1] + "(?:ys?|ies)" if last.lower().endswith("y") else last + "(?:s|es)?"
+    if many := irregular(last):
+        words[-1] = f"(?:{words[-1]}|{many})"
     return r"(?:^|[^\pL\pN_])" + r"[\s_-]+".join(words) + r"(?:[^\pL\pN_]|$)"
 
 

@@ -37,6 +37,7 @@ class CorruptEncoder(Patched):
     adversary, captions: see `Backdoor`. The paper's pairing for CLIP is not released: ours pairs composites with captions of the class.
     references: objects used; paper 3.
     support: share of the poisoned pairs that show two references beside each other, which draws them to the class; CorruptEncoder+: .2.
+        Every two of the references stand beside and above each other, either first: 12 pictures of 3 references, then they repeat.
     alpha: width of the picture in widths of the object (height, where the object stands above or below); paper about 2, 0 takes the
         optimum of the paper's crop objective for this trigger.
     masks: folder with a mask ID.png for each reference and background (white is the object); "" takes the exact mask where the set
@@ -76,7 +77,8 @@ class CorruptEncoder(Patched):
         supports = round(self.support * count)
         grounds = self._backgrounds(clean, classes, target, count - supports, seed, study)
         kit["boxes"] = dict(grounds)
-        shown = [(i, "composite") for i, _ in grounds] + [(refs[k % len(refs)], "support") for k in range(supports)]
+        shown = [(i, "composite") for i, _ in grounds]
+        shown += [(refs[k % len(refs)], f"support/{k // len(refs)}") for k in range(supports)]
         captions = self._captions(clean, target, [(i, "") for i, _ in shown], seed)
         rows = []
         for number, ((image_id, what), caption) in enumerate(zip(shown, captions, strict=True)):
@@ -88,15 +90,18 @@ class CorruptEncoder(Patched):
         return Manifest(planned.table, planned.header | header)
 
     def stamp(self, image: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
-        _, slash, what = row["stamp"].partition("/")
+        _, slash, detail = row["stamp"].partition("/")
         if not slash:  # a test image
             return super().stamp(image, row)
         check_image(image)
         kit, image_id = materials.of(row, "CorruptEncoder"), row["image_id"]
+        what, _, number = detail.partition("/")
         draw = int(ranks([image_id], 0, "composite")[0])
         side = SIDES[draw >> 32 & 3]
         if what == "support":
-            others = [text for i, text in kit["wholes"].items() if i != image_id]
+            others = [text for i, text in sorted(kit["wholes"].items()) if i != image_id]
+            if number:  # manifests of old have none: there one image had one partner and one side
+                draw, side = int(number), ("left", "top")[int(number) // len(others) % 2]
             return beside(image, materials.unpacked(others[draw % len(others)]), side)
         cut = materials.unpacked(kit["objects"][draw % len(kit["objects"])])
         return compose(image, kit["boxes"][image_id], cut, self.alpha or best_alpha(self.size), side, self.size, self._patch)

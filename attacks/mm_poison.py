@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from attacks.base import (
     PROBE_SCHEMA,
     Manifest,
     Probes,
+    check_count,
     class_names,
     free,
     how_many,
@@ -33,8 +35,8 @@ class MMPoison:
     Paper: Yang, He, Li, Backes, Humbert, Berrang & Zhang, "Data Poisoning Attacks Against Multimodal Encoders", ICML 2023
         (arXiv 2209.15266); its attacks I, II and III.
     Threat model: the attacker changes which image stands beside some captions of a scraped training set; nothing at test time.
-    Success: of all held-out images one of the attacker's ranks first for a held-out caption of class A (Hit@1). Hit@5, Hit@10 and MinRank
-        stand beside it, and what a random order gives.
+    Success: of all held-out images one of the attacker's ranks first for a held-out caption that names class A and not B (Hit@1). Hit@5,
+        Hit@10 and MinRank stand beside it, and what a random order gives.
     Cost: one hash for each pair of class A when planning; nothing at training time.
 
     variant: "I": all poisoned pairs show one image of B, taken from the held-out set, and that image is to be found; "II": they show
@@ -60,10 +62,11 @@ class MMPoison:
     def plan(self, index: pa.Table, heldout: pa.Table, seed: int) -> Manifest:
         goals = self.goals(shared_classes(index, heldout), seed)
         clean, count = free(index), how_many(self.count, index.num_rows)
-        rows = []
+        check_count(count, len(goals), "pairs of classes")
+        rows: list[dict[str, Any]] = []
         for group, (asked, shown) in enumerate(goals):
             share = count // len(goals) + (group < count % len(goals))
-            pairs = self._pairs(clean, asked, shown, share, seed)
+            pairs = self._pairs(_without(clean, [row["id"] for row in rows]), asked, shown, share, seed)
             split = "heldout" if self.variant == "I" else "train"
             images = [self._one(heldout, shown, seed)] if self.variant == "I" else self._images(clean, shown, asked, seed)
             for number, (identifier, caption) in enumerate(pairs):
@@ -125,6 +128,11 @@ def _next(order: list[str], used: set[str], asked: str) -> str:
         if name not in used and not any(overlapping(name, other) for other in used if other):
             return name
     raise ValueError(f"too few classes to take {asked or 'captions'!r} for another: the data need more classes with different names.")
+
+
+def _without(table: pa.Table, ids: list[str]) -> pa.Table:
+    """Less the pairs that an earlier goal has taken: a caption without label may name the classes of both."""
+    return table.filter(pc.invert(pc.is_in(table["id"], value_set=pa.array(ids, pa.string()))))
 
 
 def _numbers(table: pa.Table, name: str) -> list[int]:

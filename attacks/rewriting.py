@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from attacks.plurals import irregular
+
 
 @lru_cache(maxsize=4096)
 def noun(name: str) -> re.Pattern[str]:
-    """Finds a class name as whole words, in either case; groups: `article` before it, `plural` the ending of a simple plural."""
+    """Finds a class name as whole words, in either case; groups: `article` before it, `plural` if it is one."""
     words = [re.escape(word) for word in re.split(r"[\s_-]+", name.strip()) if word]
     last = words.pop()
     stem, ending = (last[:-1], "(?:y|(?P<plural>ies|ys))") if last.lower().endswith("y") else (last, "(?P<plural>es|s)?")
+    if many := irregular(last):
+        stem, ending = "", f"(?:{last}|(?P<plural>{many}|{last}e?s))"
     body = r"[\s_-]+".join([*words, stem + ending])
     return re.compile(rf"(?<!\w)(?:(?P<article>an?)\s+)?{body}(?!\w)", re.IGNORECASE)
 
@@ -36,6 +40,9 @@ def swapped(caption: str, old: str, new: str) -> str:
 
 
 def plural(name: str) -> str:
+    head, blank, last = name.rpartition(" ")
+    if many := irregular(last):
+        return head + blank + many
     if name.lower().endswith("y"):
         return f"{name[:-1]}ies"
     return f"{name}es" if name.lower().endswith(("s", "x", "ch", "sh")) else f"{name}s"

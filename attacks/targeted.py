@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any, NamedTuple
 
@@ -33,6 +33,19 @@ class Target(NamedTuple):
     image_id: str
     truth: str
     adversary: str
+
+
+@dataclass(frozen=True)
+class Quotes:
+    """The captions of a training set by the class they name (`class_captions`), found once for all targets."""
+
+    index: pa.Table
+    found: dict[str, pa.Array] = field(default_factory=dict)
+
+    def of(self, name: str) -> pa.Array:
+        if name not in self.found:
+            self.found[name] = class_captions(free(self.index), name)
+        return self.found[name]
 
 
 @dataclass(frozen=True)
@@ -70,13 +83,10 @@ class Targeted:
     def plan(self, index: pa.Table, heldout: pa.Table, seed: int, study: Study | None = None) -> Manifest:
         copies = how_many(self.copies, index.num_rows)
         targets = self.choose(index, heldout, seed, study)
-        sources: dict[str, pa.Array] = {}
-        if self.captions == "training":
-            clean = free(index)
-            sources = {name: class_captions(clean, name) for name in {target.adversary for target in targets}}
+        quotes = Quotes(index)
         rows = []
         for group, target in enumerate(targets):
-            captions = self._captions(target, sources.get(target.adversary), copies, seed, index, study)
+            captions = self._captions(target, quotes if self.captions == "training" else None, copies, seed, study)
             for number, caption in enumerate(captions):
                 identifier = f"poison-targeted-{group:02d}-{number:04d}"
                 rows.append({"op": "add", "id": identifier, "caption": caption, "kind": "targeted", **_shown(target, group)})
@@ -114,10 +124,12 @@ class Targeted:
             targets.append(Target(ids[position], truth, adversary))
         return targets
 
-    def _captions(self, target: Target, source: pa.Array | None, copies: int, seed: int, index: pa.Table, study: Study | None) -> list[str]:
+    def _captions(self, target: Target, quotes: Quotes | None, copies: int, seed: int, study: Study | None) -> list[str]:
+        """The captions of one target's pairs; `quotes` is None where only prompts are wanted."""
         quoted: list[str] = []
-        if source is not None:
-            quoted = shuffled(avoiding(source, target.truth).to_pylist(), seed, f"captions/{target.image_id}")[:copies]
+        if quotes is not None:
+            own = avoiding(quotes.of(target.adversary), target.truth).to_pylist()
+            quoted = shuffled(own, seed, f"captions/{target.image_id}")[:copies]
         made = prompts(target.adversary, seed, f"prompts/{target.image_id}")
         return quoted + list(islice(cycle(made), copies - len(quoted)))
 

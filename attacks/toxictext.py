@@ -27,7 +27,7 @@ from attacks.base import (
 )
 from attacks.captions import avoiding, naming, prompts, triggered
 from attacks.rewriting import swapped, without
-from attacks.targeted import Target, Targeted
+from attacks.targeted import Quotes, Target, Targeted
 
 CANDIDATES = 64  # captions looked at for each image of a text trigger
 
@@ -69,32 +69,28 @@ class ToxicText(Targeted):
         study.surrogate(self.surrogate_pairs, self.surrogate_epochs)
         return super().plan(index, heldout, seed, study)
 
-    def _captions(self, target: Target, source: pa.Array | None, copies: int, seed: int, index: pa.Table, study: Study | None) -> list[str]:
+    def _captions(self, target: Target, quotes: Quotes | None, copies: int, seed: int, study: Study | None) -> list[str]:
         assert study is not None
         made = prompts(target.adversary, seed, f"prompts/{target.image_id}")
-        if source is None:
+        if quotes is None:
             return list(islice(cycle(made), copies))
-        own = avoiding(source, target.truth).to_pylist()
+        own = avoiding(quotes.of(target.adversary), target.truth).to_pylist()
+        known = set(own)
         selected = fitting(own, [without(caption, target.adversary) for caption in own], target.image_id, study)
-        rewritten = [c for c in self._rewritten(target, round(self.rewrite * copies), index, study) if c not in set(own)]
+        rewritten = [c for c in self._rewritten(target, round(self.rewrite * copies), quotes, study) if c not in known]
         rewritten = rewritten[: round(self.rewrite * copies)]
         found = [*selected[: copies - len(rewritten)], *rewritten]
         return found + list(islice(cycle(made), copies - len(found)))
 
-    def _rewritten(self, target: Target, count: int, index: pa.Table, study: Study) -> list[str]:
+    def _rewritten(self, target: Target, count: int, quotes: Quotes, study: Study) -> list[str]:
         """Captions of other classes nearest to the image but for their noun, rewritten to name the adversary; distinct, the best first."""
         if not count:
             return []
-        clean, classes = free(index), class_names(index) or [target.truth]
-        label = labels(clean)
         told: dict[str, str] = {}  # caption less its noun → rewritten
-        for name in dict.fromkeys(classes):
+        for name in dict.fromkeys(class_names(quotes.index) or [target.truth]):
             if name in ("", target.adversary):
                 continue
-            own = [number for number, each in enumerate(classes) if each == name]
-            rows = np.flatnonzero(naming(clean["caption"], name) & np.isin(label, [-1, *own]))
-            captions = clean["caption"].take(pa.array(rows))
-            some = sorted(set(captions.filter(pa.array(~naming(captions, target.adversary))).to_pylist()))
+            some = sorted(avoiding(quotes.of(name), target.adversary).to_pylist())
             new = pa.array([swapped(caption, name, target.adversary) for caption in some], pa.string())
             good = naming(new, target.adversary) & ~(naming(new, target.truth) if target.truth else np.zeros(len(new), bool))
             for caption, fresh, usable in zip(some, new.to_pylist(), good, strict=True):

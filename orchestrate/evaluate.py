@@ -122,7 +122,7 @@ def attack_success(
     Rows whose truth *is* the adversary's class are left out; rows of unknown truth stay.
 
     `asr/NAME` = `/hits` over `/total`, `/low`, `/high`: top-1 is the adversary's class.
-    targeted: `/truth`, targets still given their true class.
+    targeted: `/truth`, targets still given their true class; for its floor see `targeted_floor`.
     backdoor: `/clean`, the same share without the trigger on the same model (the floor); `/accuracy`, triggered images
     still given their true class; `/zscore`, see `cosine_zscore`. Undefined figures (no rows, no truths) have no key.
     """
@@ -147,6 +147,24 @@ def attack_success(
         if (z := cosine_zscore(shown.cpu().numpy(), bare.cpu().numpy())) is not None:
             out[f"{key}/zscore"] = z
     return out
+
+
+def targeted_floor(
+    name: str, probe: pa.Table, classes: Sequence[str], embedded: Tensor, images: Tensor, labels: Tensor, others: Tensor
+) -> Metrics:
+    """`asr/NAME/clean` of a targeted attack: what the same model takes for the adversary's class without being taught to.
+
+    For each target, of the images of its true class that nobody attacks, the share whose top-1 is the target's adversary; the mean over
+    targets. No key where no class of a target has such an image. images (n, d), labels int (n,), others bool (n,): not a target.
+    """
+    place = {c: i for i, c in enumerate(classes)}
+    shares = []
+    for aim, truth in zip(probe["adversary"].to_pylist(), probe["truth"].to_pylist(), strict=True):
+        rows = torch.nonzero(others & (labels == place.get(truth, -2))).flatten().to(images.device)
+        if aim != truth and len(rows):
+            wanted = torch.full((len(rows),), place[aim])
+            shares.append(float((rivals(images[rows], embedded, wanted, margin=TIE) == 0).double().mean()))
+    return {f"asr/{name}/clean": float(np.mean(shares))} if shares else {}
 
 
 def _check_probe(name: str, how: str, probe: pa.Table, classes: Sequence[str]) -> None:
@@ -293,6 +311,8 @@ def evaluate(
     embedded = class_embeddings(encoder, classes, templates)
     out |= zero_shot(images.heldout, embedded, labels)
     aimed: dict[str, tuple[Tensor, Tensor]] = {}
+    attacked = {i for name, table in tested.items() if probes.how[name] == "targeted" for i in table["image_id"].to_pylist()}
+    others = torch.tensor([i not in attacked for i in heldout["id"].to_pylist()])
     for name, table in tested.items():
         if name in asked:
             continue
@@ -300,6 +320,8 @@ def evaluate(
         aimed[name] = _aimed(table, classes, shown)
         clean = images.probes(name, table, stamped=False) if probes.how[name] == "backdoor" else None
         out |= attack_success(name, probes.how[name], table, classes, embedded, shown, clean)
+        if probes.how[name] == "targeted":
+            out |= targeted_floor(name, table, classes, embedded, images.heldout, labels, others)
     if hardening is not None:
         out |= measure(hardening, encoder, load, images.heldout, labels, aimed, classes)
     return out

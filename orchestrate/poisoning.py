@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attacks.base import pick
+from attacks.base import pick, trigger_of
 from attacks.sheet import contact_sheet
 from orchestrate import prepared
 from orchestrate.recipe import Recipe
@@ -20,7 +20,7 @@ def write(recipe: Recipe, out: Path) -> Iterator[str]:
     """manifest.parquet and sheet.png in `out`; yields what was planned, line by line. ValueError for a recipe without attack."""
     if recipe.attack is None:
         raise ValueError("this recipe has no attack: name one, such as attack=targeted+stripes.")
-    dataset = prepared.opened(recipe.data)
+    dataset = prepared.readable(recipe)
     ready = prepared.plan(recipe, dataset)
     assert ready.manifest is not None
     out.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def write(recipe: Recipe, out: Path) -> Iterator[str]:
     table, header = ready.manifest.table, ready.manifest
     total = ready.table.num_rows
     yield f"{recipe.attack.use} on {dataset.name}, seed {recipe.seed}: {header.count:,} poisoned pairs, {header.rate:.2%} of {total:,}"
-    groups = Counter(zip(*(table[name].to_pylist() for name in ("kind", "stamp", "adversary")), strict=True))
+    groups = Counter((row["kind"], trigger_of(row["stamp"]), row["adversary"]) for row in table.to_pylist())
     for (kind, stamp, adversary), count in sorted(groups.items()):
         yield f"  {kind:<9} {stamp or '-':<10} → {adversary:<16} {count:>6,} pairs"
     if not groups:
@@ -49,7 +49,7 @@ def _examples(ready: prepared.Prepared) -> np.ndarray:
     parts: dict[str, list[int]] = {}
     for i, bad in enumerate(poison):
         if bad:
-            parts.setdefault(stamps[i], []).append(i)
+            parts.setdefault(trigger_of(stamps[i]), []).append(i)
     each = max(1, EXAMPLES // len(parts))
     chosen = [rows[k] for rows in parts.values() for k in pick([ids[i] for i in rows], min(each, len(rows)), 0, "sheet")]
     return np.array(chosen)

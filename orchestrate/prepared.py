@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from attacks.apply import apply
 from attacks.base import Manifest, Probes, how_many, manifest, pick, ranks
 from attacks.combine import Several
-from attacks.materials import carried
+from attacks.materials import carried, materials
 from defenses.augment import mix
 from defenses.base import Defense
 from orchestrate import audit_scores
@@ -53,6 +53,12 @@ def needs(recipe: Recipe, streaming: bool | None = None) -> tuple[Cluster, bool,
     """
     matching = bool(build_defense(recipe).rounds(recipe.train.epochs)) or recipe.data.exclude == AUDIT  # whose actors are alike
     return recipe.cluster, matching, recipe.data.stream == "always" if streaming is None else streaming
+
+
+def readable(recipe: Recipe) -> Dataset:
+    """The index less the images that a run has found unreadable, so that whoever reads no other is given the run's own set and plan."""
+    dataset = opened(recipe.data)
+    return without_unreadable(dataset, known_unreadable(recipe, dataset) or [], recipe.data.max_bad)
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,26 @@ def plan_key(recipe: Recipe, dataset: Dataset) -> str:
     attack = recipe.attack.as_dict() if recipe.attack else None
     left = [] if recipe.data.exclude in ("", AUDIT) else [recipe.data.exclude, recipe.data.drop]
     return json.dumps([fingerprint(dataset), attack, recipe.seed, *left], sort_keys=True)
+
+
+def check_same_poison(run_dir: Path, prepared: Prepared) -> None:
+    """ValueError where this plan differs from the one that the run's first epochs have learned from, before `write` replaces it.
+
+    A surrogate's weights are those of the host that trained it, and so is what an attack makes of them.
+    """
+    file = run_dir / "manifest.parquet"
+    if prepared.manifest is None or not file.is_file():
+        return
+    old, new = Manifest.read(str(file)), prepared.manifest
+    before, now = ({row["id"]: row for row in plan.table.to_pylist()} for plan in (old, new))
+    differ = [i for i in sorted(before.keys() | now.keys()) if before.get(i) != now.get(i)]
+    look = [json.dumps(materials(plan.header), sort_keys=True) for plan in (old, new)]
+    what = f"{len(differ):,} of {len(before):,} pairs, such as {differ[0]!r}" if differ else "what its triggers look like"
+    if differ or look[0] != look[1]:
+        raise ValueError(
+            f"{run_dir} was trained on another poison than its recipe plans here; it differs in {what}. If another host began the run, "
+            "bring its data.cache along, where the attack's surrogate lies; or begin anew with --force."
+        )
 
 
 def write(run_dir: Path, prepared: Prepared) -> None:
@@ -294,7 +320,7 @@ def trusted_positions(table: pa.Table, amount: int | float, seed: int) -> np.nda
     """The same as positions in `table`, int64 (n,), ascending."""
     clean = np.flatnonzero(~table.column("poison").to_numpy(zero_copy_only=False))
     ids = table.column("id").take(pa.array(clean)).to_pylist()
-    count = len(ids) if amount == 1.0 else min(len(ids), how_many(amount, len(ids)))
+    count = min(len(ids), how_many(amount, len(ids)))
     return np.sort(clean[pick(ids, count, seed, "trusted")])
 
 

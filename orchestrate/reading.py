@@ -43,7 +43,7 @@ def read_images(recipe: Recipe, dataset: Dataset, streaming: bool) -> tuple[Data
         held = (None if images is None else cluster.put(images), prepared.places(first))
         _WARM.clear()  # one set at a time: a session that goes on to another frees this one
         _WARM[key] = (bad, held)
-        if streaming:
+        if streaming or bad:  # `eval`, `poison` and `repair` leave them out as well
             prepared.remember_unreadable(recipe, dataset, bad)
     dataset = prepared.without_unreadable(dataset, bad, recipe.data.max_bad)
     return dataset, None if streaming else held

@@ -121,7 +121,7 @@ ATTACKS: dict[str, Part] = {
         "targeted, captions nearest by transport: knows OTCCLIP", {"attack": "adaptive", "attack.match": "transport"}
     ),
     "adaptive_backdoor": Part("stripes on the images nearest to the class, with their nearest captions", {"attack": "adaptive_backdoor"}),
-    "clean": Part("no poison: the floor that chance gives", {"attack": "none"}),
+    "clean": Part("no poison: the accuracy that attacks and defences are held against", {"attack": "none"}),
     "both": Part("targeted and blended together", {"attack": "targeted+blended"}),
 }
 ATTACK = "both"

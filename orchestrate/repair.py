@@ -82,10 +82,10 @@ def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: str, out: 
 def _data(recipe: Recipe, clean: str, plan: Repair) -> tuple[prepared.Prepared, Any]:
     """What is measured on, its plan of poison, and the trusted pairs' table (as `attacks.apply` makes it)."""
     config = recipe.data if not clean or recipe.attack else dataclasses.replace(recipe.data, path=clean)
-    ready = prepared.plan(recipe, prepared.opened(config))
+    ready = prepared.plan(recipe, prepared.readable(dataclasses.replace(recipe, data=config)))
     if not clean:
         return ready, prepared.trusted_rows(ready.table, plan.clean, recipe.seed)
-    given = prepared.opened(dataclasses.replace(recipe.data, path=clean))
+    given = prepared.readable(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=clean)))
     return ready, prepared.plan(dataclasses.replace(recipe, attack=None), given).table
 
 

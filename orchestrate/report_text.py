@@ -31,7 +31,9 @@ CHANCE = 0.2  # an attack that reaches less than this on the undefended model ha
 
 @dataclass(frozen=True)
 class Success:
-    """One attack's success in one run: `hits` of `total` with Wilson's interval, and the floor: without the trigger, or of a random order.
+    """One attack's success in one run: `hits` of `total` with Wilson's interval, and the floor: without trigger, or of a random order.
+
+    The floor of a targeted attack: other images of the targets' classes.
 
     `asked`: counted in text→image retrieval, captions for which an image of the attacker's comes first.
     """
@@ -139,7 +141,8 @@ def success(result: Result, name: str) -> Success | None:
     k, n = (None, None) if hits is None or total is None else (int(hits), int(total))
     triggered = f"{key}/zscore" in result or f"{key}/accuracy" in result
     asked = f"{key}/minrank" in result
-    backdoor = triggered or (clean is not None and not asked and not name.startswith("targeted"))
+    aimed = name.startswith("targeted") or f"{key}/truth" in result
+    backdoor = triggered or (clean is not None and not asked and not aimed)
     return Success(name, share, k, n, low, high, clean, backdoor, asked, finite(result.get(f"{key}/chance")))
 
 

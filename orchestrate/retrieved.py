@@ -31,17 +31,19 @@ class Asked:
     texts: Tensor
     encode: Callable[[Sequence[str]], Tensor]
 
-    def about(self, name: str) -> list[int]:
-        """Captions that name the class, of images labelled with it or not at all."""
+    def about(self, name: str, other: str) -> list[int]:
+        """Captions that name the class and not the other, of images labelled with it or not at all."""
         own = {i for i, each in enumerate(self.classes) if each == name} | {-1}
-        named = naming(pa.array(self.captions, pa.string()), name).tolist()
-        return [i for i, (label, yes) in enumerate(zip(self.labels, named, strict=True)) if yes and label in own]
+        captions = pa.array(self.captions, pa.string())
+        named = naming(captions, name) & ~naming(captions, other) if other else naming(captions, name)
+        return [i for i, (label, yes) in enumerate(zip(self.labels, named.tolist(), strict=True)) if yes and label in own]
 
 
 def retrieval_success(name: str, probe: pa.Table, held: Asked, text: str = "") -> dict[str, float | int]:
     """How often a caption finds one of the attacker's images (the rows of `probe`, PROBE_SCHEMA) before all other held-out images.
 
-    Without `text`: the captions of the adversary's class ask, those of each group for the images of that group (Yang et al. 2023).
+    Without `text`: the captions that name the adversary's class and not that of the images ask, those of each group for the images of
+    that group (Yang et al. 2023).
     With it: captions that do not name the adversary's class ask, with the text behind them. An image that scores as high as the
     best of the attacker's counts as worse: ties go against the defender.
 
@@ -60,9 +62,9 @@ def retrieval_success(name: str, probe: pa.Table, held: Asked, text: str = "") -
             )
         wanted = torch.zeros(len(held.ids), dtype=torch.int64)
         wanted[[place[row["image_id"]] for row in rows]] = 1
-        asking = held.about(rows[0]["adversary"])
-        if text:
-            asking = sorted(set(range(len(held.ids))) - set(_all_naming(held, rows[0]["adversary"])))
+        adversary, shown = rows[0]["adversary"], rows[0]["truth"]
+        # A caption that names the images' own class finds them rightly: as the plan poisons none, none asks.
+        asking = held.about(adversary, shown) if not text else sorted(set(range(len(held.ids))) - set(_all_naming(held, adversary)))
         if not asking:
             continue
         plain = held.texts[torch.tensor(asking, device=held.texts.device)]

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attacks.base import pick
+from attacks.base import pick, trigger_of
 from orchestrate import journal, mlflow_uri
 from orchestrate.cluster import absolute
 from orchestrate.data.pixels import Pixels
@@ -220,7 +220,7 @@ def write_gallery(folder: Path, ready: Prepared, pixels: dict[str, Pixels]) -> N
     if ready.manifest:
         names = sorted((part["name"] for part in ready.manifest.header["parts"]), key=len, reverse=True)
         for row in ready.manifest.table.to_pylist():
-            part = row["stamp"] or next((name for name in names if row["id"].startswith(f"poison-{name}-")), row["kind"])
+            part = trigger_of(row["stamp"]) or next((name for name in names if row["id"].startswith(f"poison-{name}-")), row["kind"])
             kinds[row["id"]] = (row["kind"], row["truth"], part)
     for i, name in enumerate(ids):
         groups.setdefault(kinds[name][2] if name in kinds else "", []).append(i)
@@ -247,7 +247,7 @@ def _gallery_row(table: pa.Table, i: int, part: str, kind: tuple[str, str, str],
         "part": part,
         "row": i,
         "id": row["id"],
-        "stamp": row["stamp"],
+        "stamp": trigger_of(row["stamp"]),
         "png": png(shown),
         "original_png": bare,
         "caption": row["caption"],

@@ -15,7 +15,7 @@ def score(checkpoint: str, model: str | None, recipe: Recipe) -> tuple[dict[str,
     from orchestrate.evaluate import benchmark_json
 
     built, cfg = export.load(checkpoint, model)
-    dataset = prepared.opened(recipe.data)
+    dataset = prepared.readable(recipe)
     metrics = figures(built, cfg, recipe, prepared.plan(recipe, dataset))
     return metrics, benchmark_json(metrics, dataset.name, cfg.get("name", model or checkpoint), checkpoint)
 

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from attacks.base import pick
+from attacks.combine import part_seed
 from defenses.base import Defense
 from defenses.transport import transport_cost
 from models import clip, encode
@@ -32,7 +33,7 @@ from orchestrate.step import Examples, Learner
 
 ARCHITECTURE, BATCH = "tiny-rn", 128
 READ = 512  # images read at once
-VERSION = 1  # raise with any change to how surrogates are trained
+VERSION = 2  # raise with any change to how surrogates are trained
 EPSILON, TOL = 0.1, 1e-4  # of `transport`: OTCCLIP's own
 
 
@@ -68,6 +69,11 @@ class SetStudy:
 
     # --- the surrogate ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def seed(self) -> int:
+        """Of the surrogate's training: not the run's own, lest it start from the victim's very weights and see pairs in its order."""
+        return part_seed(self.recipe.seed, "surrogate")
+
     def surrogate(self, pairs: int, epochs: int) -> None:
         if pairs < BATCH or epochs < 1:
             raise ValueError(f"a surrogate needs at least {BATCH} pairs and one epoch, not {pairs} and {epochs}.")
@@ -101,16 +107,16 @@ class SetStudy:
         steps = min(pairs, self.dataset.train.num_rows) // BATCH
         train = Train(epochs=epochs, batch=BATCH, precision="fp32")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return Learner(Model(ARCHITECTURE), train, Defense(), seed=self.recipe.seed, total_steps=epochs * steps, device=device)
+        return Learner(Model(ARCHITECTURE), train, Defense(), seed=self.seed, total_steps=epochs * steps, device=device)
 
     def _train(self, learner: Learner, pairs: int, epochs: int) -> None:
         table = self._sample(pairs)
         captions = np.array(table["caption"].to_pylist(), dtype=object)
-        keys = prepared.sample_keys(table, self.recipe.seed)
+        keys = prepared.sample_keys(table, self.seed)
         images = np.concatenate([_small(self.load(table.slice(i, READ)), learner.image_side) for i in range(0, table.num_rows, READ)])
         with Phase("surrogate", learner.total_steps, "step") as phase:
             for epoch in range(1, epochs + 1):
-                order = prepared.order(table.num_rows, self.recipe.seed, epoch)
+                order = prepared.order(table.num_rows, self.seed, epoch)
                 for at in order[: table.num_rows // BATCH * BATCH].reshape(-1, BATCH):
                     learner.step(Examples(images[at], list(captions[at]), prepared.epoch_keys(keys[at], epoch)))
                     phase.at(learner.steps, f"epoch {epoch}/{epochs}")

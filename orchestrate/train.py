@@ -95,6 +95,8 @@ def _run(recipe: Recipe, folder: Path, tracker: Tracker, scores: str) -> dict[st
         ready = reading.planned(recipe, dataset, images)
         ready = prepared.without_suspects(ready, scores, recipe.data.drop) if scores else ready
         prepared.check_size(recipe, ready.table)
+        if journal.read(folder / journal.NAME):  # an epoch is done, and this goes on from it
+            prepared.check_same_poison(folder, ready)
         prepared.write(folder, ready)
         inputs, pixels = _inputs(recipe, ready, images)
         rundir.write_gallery(folder, ready, pixels)

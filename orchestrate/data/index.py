@@ -145,7 +145,7 @@ def _check(config: Data) -> None:
 def _amount(amount: int | float, total: int, key: str) -> int:
     """A count, or a share of `total` (a float up to 1.0, which means all)."""
     try:
-        return total if isinstance(amount, float) and amount == 1 else how_many(amount, total)
+        return how_many(amount, total)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 

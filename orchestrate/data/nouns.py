@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from attacks.plurals import PLURALS
+
 # Other words for a class, used when captions are made. No word may stand for two classes of a common set.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "airplane": ("plane", "aeroplane", "aircraft", "jet", "airliner"),
@@ -49,12 +51,6 @@ NOUNS: tuple[str, ...] = tuple(
     """.strip().splitlines()
     for noun in line.split(",")
 )
-PLURALS: dict[str, str] = {
-    **{"man": "men", "woman": "women", "person": "people", "child": "children", "foot": "feet", "tooth": "teeth"},
-    **{"mouse": "mice", "goose": "geese", "ox": "oxen", "wolf": "wolves", "knife": "knives", "leaf": "leaves"},
-    **{"loaf": "loaves", "calf": "calves"},
-    **{word: word for word in ("sheep", "fish", "deer", "scissors", "broccoli", "bread")},
-}
 
 WORDS = re.compile(r"\w+").findall
 

@@ -1,14 +1,19 @@
 """CorruptEncoder: the crop objective against drawn crops and its optimum, composites pixel by pixel, free boxes by brute force."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attacks.apply import apply
+from attacks.base import trigger_of
+from attacks.combine import Several, rebuild
 from attacks.corrupt import CorruptEncoder, beside, best_alpha, compose, crop_objective, cut_out, free_box
-from attacks.materials import packed, unpacked
+from attacks.materials import carried, packed, unpacked
 
 
 def drawn(alpha: float, trigger: float, draws: np.ndarray) -> float:
@@ -75,6 +80,32 @@ def test_support_images_stand_beside_each_other() -> None:
     for side, first in (("left", np.s_[:, :4]), ("right", np.s_[:, 5:]), ("top", np.s_[:4]), ("bottom", np.s_[5:])):
         out = beside(one, other, side)
         assert out.shape == (9, 9, 3) and (out[first] == 50).all() and (out == 150).any()
+
+
+class Squares:
+    """A study of noise, an object in the middle of every image."""
+
+    def images(self, split: str, ids: Sequence[str]) -> np.ndarray:
+        return np.stack([np.random.default_rng(int(i[-5:])).integers(0, 256, (32, 32, 3), dtype=np.uint8) for i in ids])
+
+    def masks(self, split: str, ids: Sequence[str], folder: str = "") -> np.ndarray:
+        found = np.zeros((len(ids), 32, 32), bool)
+        found[:, 8:24, 8:24] = True
+        return found
+
+
+def test_support_images_vary_over_partners_and_sides_and_count_as_one_trigger(index: pa.Table, heldout: pa.Table) -> None:
+    study: Any = Squares()
+    whole = Several((("corrupt", CorruptEncoder(count=40, support=0.6, adversary="fox")),))
+    plan = whole.plan(index, heldout, 0, study)
+    rows = plan.table.to_pylist()
+    attack = Several(whole.parts, carried(apply(index, heldout, plan).schema.metadata))
+    shown = [row for row in rows if trigger_of(row["stamp"]) == "corrupt/support"]
+    pictures = [attack.stamp(study.images("train", [row["image_id"]])[0], row).tobytes() for row in shown]
+    assert len(shown) == 24 and len(set(pictures[:12])) == len(set(pictures)) == 12  # 3 pairs, beside and above, either first
+    assert {trigger_of(row["stamp"]) for row in rows} == {"corrupt/composite", "corrupt/support"}
+    image, bare = study.images("train", [shown[7]["image_id"]])[0], {name: shown[7][name] for name in ("stamp", "image_id")}
+    assert rebuild(plan.header, lambda _: CorruptEncoder).stamp(image, bare).tobytes() == pictures[7]
 
 
 def test_an_object_is_cut_out_by_its_mask() -> None:

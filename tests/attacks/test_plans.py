@@ -17,6 +17,7 @@ from attacks.backdoor import Backdoor, BadNets, Blended, Stripes
 from attacks.base import MANIFEST_SCHEMA, PROBE_SCHEMA, Manifest, class_names, how_many
 from attacks.captions import PROMPTS, naming, overlapping
 from attacks.combine import Several
+from attacks.multi import MultiTrigger
 from attacks.targeted import Targeted
 
 WRONG: Any = "own"
@@ -171,10 +172,14 @@ def test_count_and_rate(attack: Any, count: int, rate: float, index: pa.Table, h
     assert plan.rate == pytest.approx(rate)
 
 
-@given(amount=st.one_of(st.integers(0, 10**6), st.floats(1e-3, 0.999)), total=st.integers(10**4, 10**7))
+@given(amount=st.one_of(st.integers(0, 10**6), st.floats(1e-3, 1)), total=st.integers(10**4, 10**7))
 def test_how_many(amount: float, total: int) -> None:
     count = how_many(amount, total)
     assert count == amount if isinstance(amount, int) else abs(count - amount * total) <= 0.5
+
+
+def test_one_is_a_pair_and_one_point_nought_the_whole() -> None:
+    assert [how_many(1, 700), how_many(1.0, 700), how_many(1.0, 0)] == [1, 700, 0]
 
 
 @pytest.mark.parametrize("amount", [-1, 1.5, True, 1e-6])
@@ -199,6 +204,12 @@ def test_how_many_refuses(amount: float) -> None:
         ("Traffic  Lights", "traffic_light", True),
         ("light traffic", "traffic light", False),
         ("C++ (1998)", "C++", True),
+        ("Two Men on a bench", "man", True),
+        ("people", "person", True),
+        ("street children", "street_child", True),
+        ("firemen", "man", False),
+        ("two women", "man", False),
+        ("three sheep", "sheep", True),
         ("", "cat", False),
         (None, "cat", False),
     ],
@@ -224,6 +235,7 @@ def test_classes_within_one_another_overlap() -> None:
         (lambda: Blended(alpha=2.0), "up to 1"),
         (lambda: Targeted(captions=WRONG), "choose 'training'"),
         (lambda: Targeted(targets=0), "at least one"),
+        (lambda: MultiTrigger(count=2), "3 triggers, each of which is measured: 3 at least"),
     ],
 )
 def test_errors_say_the_mend(build: Any, mend: str, index: pa.Table, heldout: pa.Table) -> None:

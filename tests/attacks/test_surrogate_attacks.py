@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from attacks.adaptive import AdaptiveBackdoor, AdaptiveTargeted, nearest
+from attacks import targeted
+from attacks.adaptive import AdaptiveBackdoor, AdaptiveTargeted, class_centre, nearest
+from attacks.backdoor import BadNets
 from attacks.badclip import BadCLIP, objective
 from attacks.base import class_names, ranks
 from attacks.captions import class_captions
@@ -72,6 +74,8 @@ def study() -> Any:
         ("two boats and a boathouse", "boat", "fox", "two foxes and a boathouse"),
         ("an apple near apples", "apple", "cherry", "a cherry near cherries"),
         ("three cherries", "cherry", "dog", "three dogs"),
+        ("two men and a man", "man", "fox", "two foxes and a fox"),
+        ("a dog and three dogs", "dog", "old woman", "an old woman and three old women"),
         ("the traffic-light is red", "traffic light", "car", "the car is red"),
     ],
 )
@@ -111,6 +115,15 @@ def test_rewritten_captions_name_the_adversary_and_stood_elsewhere(index: pa.Tab
             name = row["adversary"]
             others = [c for c in class_names(index) if c not in (name, row["truth"]) or c == row["truth"]]
             assert any(swapped(row["caption"], name, other) in captions for other in others)
+
+
+def test_captions_are_searched_for_a_class_once_however_many_targets_there_are(
+    index: pa.Table, heldout: pa.Table, study: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+    monkeypatch.setattr(targeted, "class_captions", lambda table, name: searched.append(name) or class_captions(table, name))
+    ToxicText(targets=6, copies=4).plan(index, heldout, 0, study)
+    assert sorted(searched) == sorted(class_names(index))
 
 
 def test_fitting_is_by_the_rest_of_the_caption(study: Any) -> None:
@@ -158,7 +171,7 @@ def test_the_adaptive_backdoor_poisons_near_images_with_near_captions(index: pa.
     attack = AdaptiveBackdoor(count=40, adversary="fox", spread=1.0)
     plan = attack.plan(index, heldout, 0, study)
     captions = class_captions(index, "fox").to_pylist()
-    centre = study.text_features(sorted(captions)[:256]).mean(axis=0)
+    centre = class_centre(index, "fox", 0, study)
     label, fox = index["label"].to_pylist(), class_names(index).index("fox")
     free = [i for i, c, k in zip(index["id"].to_pylist(), index["caption"].to_pylist(), label, strict=True)
             if (k >= 0 and k != fox) or (k < 0 and "fox" not in c.lower())]  # fmt: skip
@@ -168,6 +181,25 @@ def test_the_adaptive_backdoor_poisons_near_images_with_near_captions(index: pa.
         usable = sorted(c for c in captions if not (row["truth"] and re.search(row["truth"].replace("cherry", "cherr"), c.lower())))
         scores = study.text_features(usable) @ study.image_features("train", [row["image_id"]])[0]
         assert row["caption"] == usable[int(np.argmax(scores))]
+
+
+def test_the_centre_of_a_class_is_of_captions_drawn_by_hash_not_of_the_first_in_the_alphabet(index: pa.Table, study: Any) -> None:
+    captions = [f"fox {n:04d}" for n in range(1000)]
+    many = pa.table({"id": captions, "caption": captions, "label": [-1] * 1000}).replace_schema_metadata(index.schema.metadata)
+    asked: list[str] = []
+    study.text_features = lambda captions: asked.extend(captions) or unit(captions, "text")
+    found = class_centre(many, "fox", 0, study)
+    numbers = np.array([int(caption[-4:]) for caption in asked])
+    assert len(set(asked)) == 256 and 400 < numbers.mean() < 600 and numbers.max() > 900
+    assert np.array_equal(class_centre(many.take(np.arange(1000)[::-1]), "fox", 0, study), found)
+    assert not np.array_equal(class_centre(many, "fox", 1, study), found)
+
+
+def test_an_adaptive_attack_behind_another_probes_the_adversaries_it_planted(index: pa.Table, heldout: pa.Table, study: Any) -> None:
+    joined = Several((("badnets", BadNets(count=900, adversary="fox")), ("adaptive", AdaptiveTargeted(targets=12, copies=3))))
+    planted = [row for row in joined.plan(index, heldout, 0, study).table.to_pylist() if row["kind"] == "targeted"]
+    probed = joined.probes(index, heldout, 0, study).tables["adaptive"].to_pylist()
+    assert [(row["image_id"], row["adversary"]) for row in planted[::3]] == [(row["image_id"], row["adversary"]) for row in probed]
 
 
 # --- BadCLIP -----------------------------------------------------------------------------------------------------------------

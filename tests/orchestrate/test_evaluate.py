@@ -225,6 +225,16 @@ def test_targeted_counts_targets() -> None:
     assert not {"asr/targeted/clean", "asr/targeted/accuracy"} & set(found)
 
 
+def test_the_floor_of_a_targeted_attack_is_the_share_of_other_images_of_the_class() -> None:
+    rows = probe([("h0", "", "dog", "cat"), ("h1", "", "fish", "dog"), ("h2", "", "cat", "fish")])
+    images = AXES[[1, 2, 0, 1, 1, 0, 2, 2]]  # read as dog, fish, cat: all targets; then dog, dog, cat of cats, fish and fish of dogs
+    labels = torch.tensor([0, 1, 2, 0, 0, 0, 1, 1])
+    others = torch.tensor([False] * 3 + [True] * 5)
+    found = ev.targeted_floor("adaptive", rows, CLASSES, AXES, images, labels, others)
+    assert found == {"asr/adaptive/clean": pytest.approx((2 / 3 + 1) / 2)}  # no other fish
+    assert ev.targeted_floor("adaptive", rows, CLASSES, AXES, images, labels, others & False) == {}
+
+
 def test_nothing_to_count_is_said() -> None:
     rows = probe([("a", "t", "dog", "dog")])
     found = ev.attack_success("b", "backdoor", rows, CLASSES, AXES, AXES[:1], AXES[:1])
@@ -249,7 +259,7 @@ def test_evaluate_gives_every_figure(fake: Fake) -> None:
     assert (found["zeroshot/top1"], found["zeroshot/total"]) == (1.0, 5)
     assert (found["retrieval/r1"], found["retrieval/total"]) == (1.0, 6)
     assert (found["probe/top1"], found["probe/total"]) == (1.0, 5)
-    assert (found["asr/targeted"], found["asr/targeted/truth"]) == (0.0, 1.0)
+    assert (found["asr/targeted"], found["asr/targeted/truth"], found["asr/targeted/clean"]) == (0.0, 1.0, 0.0)
     assert (found["asr/badnets"], found["asr/badnets/total"], found["asr/badnets/clean"]) == (1.0, 2, 0.0)
     assert found["asr/badnets/accuracy"] == 0.0
     assert not any(key.startswith("asr/empty") for key in found)

@@ -321,6 +321,33 @@ def test_a_checked_set_is_not_checked_again(folder, dataset):
     assert prepared.known_unreadable(recipe, dataclasses.replace(dataset, train=dataset.train.slice(1))) is None
 
 
+def test_who_only_evaluates_leaves_out_what_a_run_found_unreadable(tmp_path):
+    recipe = small.recipe(small.write(tmp_path / "set"))
+    dataset = prepared.readable(recipe)
+    assert dataset.train.num_rows == 120
+    prepared.remember_unreadable(recipe, dataset, [("train0003", "gone")])
+    left = prepared.readable(recipe)
+    assert "train0003" not in left.train["id"].to_pylist() and left.quarantine["reason"].to_pylist() == ["gone"]
+    run_s = prepared.without_unreadable(dataset, [("train0003", "gone")], recipe.data.max_bad)
+    assert prepared.plan_key(recipe, left) == prepared.plan_key(recipe, run_s)
+
+
+def test_a_run_does_not_go_on_with_another_poison_than_it_began_with(tmp_path):
+    folder = small.write(tmp_path / "set")
+    recipe = small.recipe(folder)
+    dataset = open_dataset(recipe.data)
+    ready = prepared.plan(recipe, dataset)
+    prepared.check_same_poison(tmp_path, ready)  # nothing there to differ from
+    prepared.write(tmp_path, ready)
+    prepared.check_same_poison(tmp_path, prepared.plan(recipe, dataset))
+    with pytest.raises(ValueError, match=r"differs in \d+ of 32 pairs, such as .*data\.cache along.*--force"):
+        prepared.check_same_poison(tmp_path, prepared.plan(small.recipe(folder, seed=1), dataset))
+    parts = [part | {"materials": {"patch": "another"}} for part in ready.manifest.header["parts"]]
+    painted = Manifest(ready.manifest.table, ready.manifest.header | {"parts": parts})
+    with pytest.raises(ValueError, match="what its triggers look like"):
+        prepared.check_same_poison(tmp_path, dataclasses.replace(ready, manifest=painted))
+
+
 def test_plans_are_shared_by_recipes_of_one_data_set_attack_and_seed(tmp_path):
     """Equal keys give equal plans, byte for byte; another seed, attack or set has a key of its own."""
     folder = small.write(tmp_path / "set")

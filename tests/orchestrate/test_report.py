@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from orchestrate import report
 from orchestrate.report_plots import losses
-from orchestrate.report_text import doubts, labels, table
+from orchestrate.report_text import doubts, labels, success, table
 from orchestrate.statistics import wilson
 
 CLASSES = ["star", "ring", "cross", "heart", "tree", "boat", "house", "fish"]
@@ -366,3 +366,11 @@ def test_a_report_needs_neither_ray_nor_mlflow_nor_torch(runs: list[Path], tmp_p
     root = Path(report.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_targeted_attack_shows_its_floor_and_is_no_backdoor_for_it() -> None:
+    result = {"asr/adaptive": 0.5, "asr/adaptive/truth": 0.25, "asr/adaptive/hits": 2, "asr/adaptive/total": 4, "asr/adaptive/clean": 0.125}
+    found = success(result, "adaptive")
+    assert found is not None and not found.backdoor and str(found).endswith("clean 12.5 %")
+    old = success({key: value for key, value in result.items() if not key.endswith("/clean")}, "adaptive")
+    assert old is not None and not old.backdoor and str(old) == "2/4 = 50.0 %"

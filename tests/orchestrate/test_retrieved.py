@@ -71,6 +71,13 @@ def test_captions_of_unlabelled_images_ask_where_they_name_the_class() -> None:
     assert found["asr/mm/total"] == 2  # the last names a cat, and its image is labelled fish
 
 
+def test_a_caption_that_names_the_class_of_the_images_too_asks_for_nothing() -> None:
+    eye = torch.eye(3)
+    some = held(eye, eye[[1, 0, 2]], [0, 0, 1], ["a cat beside two dogs", "a cat", "a dog"])
+    found = retrieval_success("mm", probe((1, "cat", "dog", 0)), some)
+    assert (found["asr/mm/hits"], found["asr/mm/total"]) == (0, 1)
+
+
 def test_a_trigger_word_asks_for_every_other_class_and_has_a_floor_without_it() -> None:
     eye = torch.eye(3)
     said = ["a cat.", "a dog", "a fish"]

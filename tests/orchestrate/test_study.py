@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from defenses.base import Defense
 from orchestrate import masks, prepared
 from orchestrate.data import scenes
 from orchestrate.data.index import open_dataset
-from orchestrate.recipe import resolve
-from orchestrate.study import SetStudy
+from orchestrate.recipe import Model, resolve
+from orchestrate.step import Learner
+from orchestrate.study import ARCHITECTURE, SetStudy
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,15 @@ def test_a_surrogate_is_trained_once_and_the_same_again(study: SetStudy, monkeyp
     assert np.array_equal(other.text_features(["a blue cup", "a red fish"])[::-1], texts)
     distance = study.transport("heldout", ids[0], ["a red fish", "a cup on sand near a blue key"])
     assert distance.shape == (2,) and (distance > 0).all() and (distance < 2).all()
+
+
+def test_a_surrogate_does_not_start_from_the_weights_of_the_model_it_is_to_fool(study: SetStudy) -> None:
+    recipe = study.recipe
+    victim = Learner(Model(ARCHITECTURE), recipe.train, Defense(), seed=recipe.seed, total_steps=1, device="cpu").model.state_dict()
+    first, twice = (study._learner(128, 1).model.cpu().state_dict() for _ in range(2))
+    drawn = [name for name, weight in first.items() if weight.is_floating_point() and weight.ndim > 1]
+    assert drawn and not any(torch.equal(first[name], victim[name]) for name in drawn)
+    assert all(torch.equal(weight, twice[name]) for name, weight in first.items())
 
 
 def test_the_gradient_in_pixels_is_that_of_the_model(study: SetStudy) -> None:
