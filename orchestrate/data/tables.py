@@ -137,17 +137,17 @@ def caption_columns(table: pa.Table, caption: str, more: str) -> dict[str, Any]:
 
 
 def label_columns(file: File, table: pa.Table, label: str, name: str) -> dict[str, Any]:
-    """`label` from whole numbers, `class` from words, whichever column they are in."""
+    """`label` from whole numbers, `class` from words, whichever column they are in; blank words are none."""
     columns: dict[str, Any] = {}
     if name and pa.types.is_string(table[name].type):
-        columns["class"] = table[name]
+        columns["class"] = _words(table[name])
     if not label:
         return columns
     values = table[label]
     if pa.types.is_string(values.type):
         numbers = pc.all(pc.match_substring_regex(values, r"^\s*-?\d*\s*$")).as_py()
         if not numbers:
-            return {"class": values} | columns
+            return {"class": _words(values)} | columns
         values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), "-1", pc.utf8_trim_whitespace(values))
     if pa.types.is_floating(values.type):
         values = pc.if_else(pc.is_nan(values), None, values)
@@ -156,6 +156,11 @@ def label_columns(file: File, table: pa.Table, label: str, name: str) -> dict[st
     except pa.ArrowException:
         kind = f"column {label!r} ({values.type})"
         raise ValueError(f"{file.uri}: {kind} holds neither class numbers nor class names. Rename it.") from None
+
+
+def _words(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    # A CSV has no null: an empty cell would be a class named "".
+    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
 
 
 def with_ids(rows: dict[str, Any], table: pa.Table, ident: str, derived: pa.Array) -> tuple[dict[str, Any], list[str]]:

@@ -87,8 +87,7 @@ def _read_member(sample: dict[str, Any], extension: str, body: bytes, file: File
     text = body.decode("utf-8", errors="replace")
     if extension == "json":
         _read_json(sample, text, file, wish)
-    elif extension == "cls":
-        words = text.strip()
+    elif extension == "cls" and (words := text.strip()):
         sample |= {"label": int(words)} if words.lstrip("-").isdigit() else {"class": words}
     elif extension == (wish.caption_column or "txt"):
         sample["caption"] = text.strip()
@@ -114,7 +113,7 @@ def _read_json(sample: dict[str, Any], text: str, file: File, wish: Wish) -> Non
     label, name = values.get(column(names, LABELS)), values.get(column(names, CLASSES))
     if isinstance(label, int) and not isinstance(label, bool):
         sample["label"] = label
-    elif isinstance(label, str):
+    elif isinstance(label, str) and label.strip():
         sample["class"] = label
-    if isinstance(name, str):
+    if isinstance(name, str) and name.strip():
         sample["class"] = name

@@ -224,6 +224,14 @@ def test_tar_samples_with_labels_json_and_without_images(tmp_path: Path):
     assert data.quarantine["reason"].to_pylist() == ["sample x/b has no image in the tar"]
 
 
+def test_a_tar_sample_with_an_empty_class_has_none(tmp_path: Path):
+    members = [("a.png", png(0)), ("a.cls", b"dog"), ("b.png", png(1)), ("b.cls", b" \n"), ("c.png", png(2)), ("c.json", b'{"class": ""}')]
+    write_tar(tmp_path / "x.tar", members)
+    data = open_dataset(Settings(str(tmp_path), max_bad=0.7))
+    assert data.classes == ["dog"] and data.train["id"].to_pylist() == ["x/a"]
+    assert data.quarantine["id"].to_pylist() == ["x/b", "x/c"]
+
+
 def test_split_words():
     train = ("train.csv", "train-00000-of-00002.parquet", "cc3m_train.csv", "train/00000.tar", "training.parquet")
     assert {split_of(name) for name in train} == {"train"}
