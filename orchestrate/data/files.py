@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import re
@@ -87,8 +88,10 @@ def parent(uri: str) -> str:
 def below(root: str, folder: str, path: str) -> str | None:
     """`path`, as a table in `folder` names it, as an absolute path or URI; None when it leads out of `root`.
 
-    Lexical: a symbolic link inside the root is the owner's own deed and is followed.
+    Lexical: a symbolic link inside the root is the owner's own deed and is followed. A name that no file can have leads nowhere.
     """
+    if "\0" in path:
+        return None
     path = unquote(urlsplit(path).path) if path.startswith("file:///") and not is_uri(root) else path
     if is_uri(path):
         place = path
@@ -120,10 +123,20 @@ def sizes(uris: Iterable[str]) -> dict[str, int]:
     wanted = set(uris)
     found: dict[str, int] = {}
     for folder in sorted({parent(uri) for uri in wanted}):
-        for file in _list(folder, recursive=False):
+        for file in _listed(folder):
             if file.uri in wanted:
                 found[file.uri] = file.size
     return found
+
+
+def _listed(folder: str) -> list[File]:
+    """The files in a folder that a table names; none where it is a file, or has a name that no folder can have."""
+    try:
+        return _list(folder, recursive=False)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+            return []
+        raise
 
 
 def _list(folder: str, recursive: bool = True) -> list[File]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestrate.data.files import File, Listing, child, open_file, sizes
+from orchestrate.data.files import File, Listing, below, child, open_file, sizes
 from orchestrate.data.rows import (
     CAPTIONS,
     CLASSES,
@@ -31,6 +31,7 @@ from orchestrate.data.tables import PATHS, caption_columns, label_columns, plain
 from orchestrate.data.tables import read as read_paths
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "img", "bytes", "picture")
+LOST, OUTSIDE = "no image file of that key in {}", "its key leads out of the set's folder, from {}"
 
 
 def flavour(file: File, wish: Wish) -> tuple[str, Reader]:
@@ -179,17 +180,21 @@ def read_files(listing: Listing, files: Sequence[File], wish: Wish) -> Source:
         raw, note = _rows(file, schema, "", wish)
         notes += [n for n in note if n not in notes]
         folder = child(listing.root, posixpath.splitext(file.name)[0])
-        found = _by_key(folder, raw["id"].to_pylist())
-        paths = pa.array([found.get(key, (None, 0))[0] for key in raw["id"].to_pylist()], pa.string())
-        length = pa.array([found.get(key, (None, 0))[1] for key in raw["id"].to_pylist()], pa.int64())
+        keys = raw["id"].to_pylist()
+        places = {key: _places(listing.root, folder, key) for key in keys}
+        size = sizes(place for some in places.values() for place in some)
+        found = [next((place for place in places[key] if place in size), None) for key in keys]
+        paths = pa.array(found, pa.string())
+        length = pa.array([size.get(place) if place else None for place in found], pa.int64())
         here = pc.is_valid(paths)
         gone = raw.filter(pc.invert(here))
-        bad.append(bad_rows(gone, file.uri, f"no image file of that key in {folder}"))
+        reasons = [LOST if places[key] else OUTSIDE for key in gone["id"].to_pylist()]
+        bad.append(bad_rows(gone, file.uri, pa.array([reason.format(folder) for reason in reasons], pa.string())))
         raw = raw.set_column(1, "path", paths).set_column(4, "size", length)
         parts.append(raw.filter(here))
     return Source(pa.concat_tables(parts), pa.concat_tables(bad), [], notes)
 
 
-def _by_key(folder: str, keys: Sequence[str]) -> dict[str, tuple[str, int]]:
-    places = {child(folder, key + ending): key for key in keys for ending in IMAGE_FILES}
-    return {places[uri]: (uri, size) for uri, size in sizes(places).items()}
+def _places(root: str, folder: str, key: str) -> list[str]:
+    """Where the image of a key may lie; nowhere for a key that leads out of the set."""
+    return [place for ending in IMAGE_FILES if (place := below(root, folder, key + ending))]

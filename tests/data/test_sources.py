@@ -151,6 +151,32 @@ def test_absolute_paths_inside_the_set_are_fine_and_web_addresses_are_not(tmp_pa
         open_dataset(Settings(str(tmp_path)))
 
 
+def test_keys_out_of_the_set_are_quarantined_and_never_read(tmp_path: Path):
+    folder = tmp_path / "set"
+    FORMATS["img2dataset_files"](folder, pairs(2))
+    (tmp_path / "secret.jpg").write_bytes(png(0))
+    ways_out = [f"{tmp_path}/secret", "../../secret", f"file://{tmp_path}/secret", "s3://bucket/secret", "nul\0"]
+    nowhere = ["00000.png/x", "x" * 300 + "/y"]
+    keys = ["00000", "00001", *ways_out, *nowhere]
+    columns = {"key": keys, "caption": ["a dog"] * len(keys), "status": ["success"] * len(keys)}
+    pq.write_table(pa.table(columns), folder / "00000.parquet")
+    data = open_dataset(Settings(str(folder), max_bad=1))
+    assert data.train["id"].to_pylist() == ["00000", "00001"]
+    assert data.quarantine["id"].to_pylist() == ways_out + nowhere
+    reasons = data.quarantine["reason"].to_pylist()
+    assert all("leads out of the set's folder" in reason for reason in reasons[:5])
+    assert all("no image file of that key" in reason for reason in reasons[5:])
+
+
+def test_a_link_that_the_owner_laid_inside_the_set_is_followed(tmp_path: Path):
+    """docs/security.md says so."""
+    images(tmp_path / "elsewhere", pairs(1))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "a.csv").write_text("filepath,title\nimages/00000.png,a dog\n")
+    assert read_bytes(open_dataset(Settings(str(tmp_path / "set"))).train) == [png(0)]
+
+
 def test_missing_images_are_quarantined_and_counted(tmp_path: Path):
     openclip(tmp_path, pairs())
     (tmp_path / "images" / "00002.png").unlink()
