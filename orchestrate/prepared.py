@@ -307,6 +307,14 @@ def known_unreadable(recipe: Recipe, dataset: Dataset) -> list[tuple[str, str]] 
     return [tuple(x) for x in json.loads(file.read_text())] if file.is_file() else None
 
 
+def without_known(recipe: Recipe, dataset: Dataset, known: Sequence[tuple[str, str]]) -> Dataset:
+    """`without_unreadable` by an earlier check; its ValueError says where that is kept."""
+    try:
+        return without_unreadable(dataset, known, recipe.data.max_bad)
+    except ValueError as error:
+        raise ValueError(f"{error}\nSo an earlier check found them. If they are mended, delete {_checked(recipe, dataset)}.") from None
+
+
 def remember_unreadable(recipe: Recipe, dataset: Dataset, bad: Sequence[tuple[str, str]]) -> None:
     file = _checked(recipe, dataset)
     file.parent.mkdir(parents=True, exist_ok=True)

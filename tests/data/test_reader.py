@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from orchestrate.data.index import open_dataset
-from orchestrate.data.reader import check_share, decode, load, quarantined, read_bytes
+from orchestrate.data.reader import BadImage, attempt, check_share, decode, load, quarantined, read_bytes
 
 from .data_formats import Settings, encoded, pairs, parquet, png, webdataset
 
@@ -126,6 +126,19 @@ def test_missing_bytes_and_vanished_files_are_values(tmp_path: Path):
     assert "fewer rows" in load(rows, 16)[1][0][1]
     (tmp_path / "a.parquet").unlink()
     assert all(isinstance(value, OSError) for value in read_bytes(rows))
+
+
+def test_an_image_at_fault_is_told_from_bytes_that_could_not_be_had(tmp_path: Path):
+    images = [png(0), None, b"no image", png(1, 32, 32)]
+    pq.write_table(pa.table({"id": list("abcd"), "image": images, "caption": ["x"] * 4}), tmp_path / "a.parquet")
+    rows = open_dataset(Settings(str(tmp_path))).train
+    errors = attempt(rows, 16, max_pixels=300)[1]
+    assert [position for position, _ in errors] == [1, 2, 3] and all(isinstance(error, BadImage) for _, error in errors)
+    pq.write_table(pa.table({"image": [png(0)]}), tmp_path / "a.parquet")
+    shorter = attempt(rows, 16)[1]
+    (tmp_path / "a.parquet").unlink()
+    gone = attempt(rows, 16)[1]
+    assert len(shorter) == 3 and len(gone) == 4 and not any(isinstance(error, BadImage) for _, error in shorter + gone)
 
 
 def test_a_row_group_is_read_once_and_no_other(tmp_path: Path, monkeypatch):
