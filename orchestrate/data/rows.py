@@ -78,6 +78,11 @@ def named(file: File, names: Sequence[str], name: str, key: str) -> str:
     return name
 
 
+def scrubbed(text: str) -> str:
+    """Text as UTF-8 can hold it: JSON may name half a character (`\\ud800`), which becomes �, as a wrong byte does."""
+    return re.sub(r"[\ud800-\udfff]", "\ufffd", text)
+
+
 def empty(schema: pa.Schema = QUARANTINE) -> pa.Table:
     return schema.empty_table()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from orchestrate.data.files import File, Listing, is_uri, resolve
-from orchestrate.data.rows import CAPTIONS, CLASSES, LABELS, QUARANTINE, RAW, Source, Wish, column
+from orchestrate.data.rows import CAPTIONS, CLASSES, LABELS, QUARANTINE, RAW, Source, Wish, column, scrubbed
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 READ_AHEAD = 8 << 20  # bytes a request, when a tar is streamed out of a store
@@ -22,35 +23,40 @@ def read(listing: Listing, files: Sequence[File], wish: Wish) -> Source:
     parts, bad = [], []
     for file in files:
         samples = list(_samples(file, wish))
-        parts.append(pa.Table.from_pylist([s for s in samples if s["size"] is not None], schema=RAW))
-        bad += [
-            {"id": s["id"], "path": file.uri, "row": s["row"], "reason": f"sample {s['id']} has no image in the tar"}
-            for s in samples
-            if s["size"] is None
-        ]
+        parts.append(pa.Table.from_pylist([s for s in samples if not s["reason"]], schema=RAW))
+        bad += [s for s in samples if s["reason"]]
     rows = pa.concat_tables(parts)
     notes = ["Images by byte range from the tars; sample ids are shard and key."]
     return Source(rows, pa.Table.from_pylist(bad, schema=QUARANTINE), [], notes)
 
 
 def _samples(file: File, wish: Wish) -> Iterator[dict[str, Any]]:
-    """One RAW row for each run of members that share a key; `size` None when no image is among them."""
+    """One RAW row for each run of members that share a key, with the `reason` why it cannot be used, "" where it can."""
     sample: dict[str, Any] = {}
     key = None
     for name, extension, member, body in _members(file, wish):
         if name != key:
             if sample:
-                yield sample
+                yield _finished(sample)
             key = name
             shard = posixpath.splitext(file.name)[0]
             sample = dict.fromkeys(RAW.names) | {"id": f"{shard}/{name}", "path": file.uri, "where": "tar", "label": -1}
-            sample["row"] = member.offset_data
+            sample |= {"row": member.offset_data, "reason": ""}
         if extension in IMAGES or extension == wish.image_column:
             sample |= {"row": member.offset_data, "size": member.size}
         elif body is not None:
-            _read_member(sample, extension, body, file, wish)
+            _read_member(sample, extension, body, wish)
     if sample:
-        yield sample
+        yield _finished(sample)
+
+
+def _finished(sample: dict[str, Any]) -> dict[str, Any]:
+    if sample["size"] is None:
+        sample["reason"] = f"sample {sample['id']} has no image in the tar"
+    texts = {name: scrubbed(sample[name]) for name in ("caption", "class") if sample[name]}
+    if sample["captions"]:
+        texts["captions"] = [scrubbed(text) for text in sample["captions"]]
+    return sample | texts
 
 
 def _members(file: File, wish: Wish) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
@@ -65,7 +71,8 @@ def _members(file: File, wish: Wish) -> Iterator[tuple[str, str, tarfile.TarInfo
         try:
             with tarfile.open(fileobj=handle, mode="r|" if stream else "r:") as tar:
                 for member in tar:
-                    folder, base = posixpath.split(member.name)
+                    # A name may be in another encoding than UTF-8, and is part of an id all the same.
+                    folder, base = posixpath.split(member.name.encode("utf-8", "backslashreplace").decode())
                     name, _, extension = base.partition(".")
                     if not member.isreg() or member.issparse() or not name:
                         continue
@@ -76,28 +83,38 @@ def _members(file: File, wish: Wish) -> Iterator[tuple[str, str, tarfile.TarInfo
                 if tar.offset + tarfile.BLOCKSIZE > file.size:  # type: ignore[attr-defined]
                     # tarfile takes a cut between two members for the end; a whole tar closes with blocks of zeros.
                     raise tarfile.ReadError("no end mark")
-        except (tarfile.TarError, EOFError) as error:
+        except (tarfile.TarError, EOFError, ValueError) as error:
             raise ValueError(
                 f"{file.uri} ends early or is no plain tar ({error}, after {count} members). "
                 "Copy it again, unpack it if it is compressed, or take it out of the set."
             ) from error
 
 
-def _read_member(sample: dict[str, Any], extension: str, body: bytes, file: File, wish: Wish) -> None:
+def _read_member(sample: dict[str, Any], extension: str, body: bytes, wish: Wish) -> None:
     text = body.decode("utf-8", errors="replace")
     if extension == "json":
-        _read_json(sample, text, file, wish)
+        _read_json(sample, text, wish)
     elif extension == "cls" and (words := text.strip()):
-        sample |= {"label": int(words)} if words.lstrip("-").isdigit() else {"class": words}
+        _set_label(sample, words)
     elif extension == (wish.caption_column or "txt"):
         sample["caption"] = text.strip()
 
 
-def _read_json(sample: dict[str, Any], text: str, file: File, wish: Wish) -> None:
+def _set_label(sample: dict[str, Any], words: str) -> None:
+    if not re.fullmatch(r"-?\d+", words):
+        sample["class"] = words
+    elif len(words.lstrip("-0")) < 10:
+        sample["label"] = int(words)
+    else:
+        sample["reason"] = f"label {words[:20]} is no class number"
+
+
+def _read_json(sample: dict[str, Any], text: str, wish: Wish) -> None:
     try:
         values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{file.uri}, sample {sample['id']}: its .json is no JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        sample["reason"] = f"its .json is no JSON ({error})"
+        return
     if not isinstance(values, dict):
         return
     names = list(values)
@@ -112,7 +129,7 @@ def _read_json(sample: dict[str, Any], text: str, file: File, wish: Wish) -> Non
         sample["caption"] = caption
     label, name = values.get(column(names, LABELS)), values.get(column(names, CLASSES))
     if isinstance(label, int) and not isinstance(label, bool):
-        sample["label"] = label
+        _set_label(sample, str(label))
     elif isinstance(label, str) and label.strip():
         sample["class"] = label
     if isinstance(name, str) and name.strip():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,37 @@ def test_a_tar_sample_with_an_empty_class_has_none(tmp_path: Path):
     data = open_dataset(Settings(str(tmp_path), max_bad=0.7))
     assert data.classes == ["dog"] and data.train["id"].to_pylist() == ["x/a"]
     assert data.quarantine["id"].to_pylist() == ["x/b", "x/c"]
+
+
+def test_one_bad_value_in_a_tar_costs_one_sample(tmp_path: Path):
+    """Quarantined with its reason, or written as UTF-8 can hold it: the others are read as ever."""
+    values = {
+        "half": ("json", b'{"caption": "\\ud800 dog", "captions": ["\\ud800 dog", "a\\udfff"], "class": "d\\ud800"}'),
+        "broken": ("json", b'{"caption": "a dog"'),
+        "deep": ("json", b"[" * 200_000),
+        "square": ("cls", "²".encode()),
+        "dashes": ("cls", b"--5"),
+        "huge": ("cls", b"99999999999"),
+        "endless": ("cls", b"9" * 5000),
+        "large": ("json", b'{"caption": "a dog", "label": 99999999999}'),
+        "caf\udce9": ("cls", b"0001"),
+    }
+    with tarfile.open(tmp_path / "x.tar", "w", errors="surrogateescape") as tar:
+        for key, (extension, body) in values.items():
+            text = [("txt", b"a dog")] if extension == "cls" else []
+            for ending, content in [("png", png(0)), (extension, body), *text]:
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    data = open_dataset(Settings(str(tmp_path), max_bad=0.7))
+    captions = dict(zip(data.train["id"].to_pylist(), data.train["caption"].to_pylist(), strict=True))
+    assert captions == {"x/half": "\ufffd dog", "x/square": "a dog", "x/dashes": "a dog", "x/caf\\udce9": "a dog"}
+    assert data.train["label"].to_pylist() == [-1, -1, -1, 1]
+    reasons = dict(zip(data.quarantine["id"].to_pylist(), data.quarantine["reason"].to_pylist(), strict=True))
+    assert list(reasons) == ["x/broken", "x/deep", "x/huge", "x/endless", "x/large"]
+    assert "its .json is no JSON" in reasons["x/broken"] and "its .json is no JSON" in reasons["x/deep"]
+    assert reasons["x/huge"] == reasons["x/large"] == "label 99999999999 is no class number"
 
 
 def test_split_words():
