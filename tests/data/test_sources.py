@@ -178,6 +178,60 @@ def test_a_link_that_the_owner_laid_inside_the_set_is_followed(tmp_path: Path):
     assert read_bytes(open_dataset(Settings(str(tmp_path / "set"))).train) == [png(0)]
 
 
+def test_a_row_without_a_path_or_with_a_nonsense_label_is_quarantined(tmp_path: Path):
+    images(tmp_path, [(str(i), png(i), "") for i in range(6)])
+    labels = ["1", "99999999999", "-", "", " 000000000007 ", "9" * 40]
+    lines = [f"{i}.png,a dog,{label}" for i, label in enumerate(labels)] + [",a cat,0", "  ,a cat,0"]
+    (tmp_path / "a.csv").write_text("filepath,title,label\n" + "\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"a.csv, row 1 .*no class number(.|\n)*a.csv, row 6 .*: no image path"):
+        open_dataset(Settings(str(tmp_path)))
+    data = open_dataset(Settings(str(tmp_path), max_bad=0.9, classes=tuple("abcdefgh")))
+    assert data.train["row"].to_pylist() == [0, 3, 4] and data.train["label"].to_pylist() == [1, -1, 7]
+    reasons = dict(zip(data.quarantine["row"].to_pylist(), data.quarantine["reason"].to_pylist(), strict=True))
+    assert reasons == dict.fromkeys((1, 2, 5), "its label is no class number") | dict.fromkeys((6, 7), "no image path")
+    (tmp_path / "a.csv").unlink()
+    wide = pa.array([1, 2**40, -(2**63), 2**31, None], pa.int64())
+    pq.write_table(pa.table({"image": [png(i) for i in range(5)], "caption": ["a dog"] * 5, "label": wide}), tmp_path / "a.parquet")
+    data = open_dataset(Settings(str(tmp_path), max_bad=0.9, classes=("cat", "dog")))
+    assert data.train["row"].to_pylist() == [0, 4] and data.quarantine["row"].to_pylist() == [1, 2, 3]
+
+
+def test_a_column_that_occurs_twice_is_named(tmp_path: Path):
+    images(tmp_path, pairs(1))
+    (tmp_path / "a.csv").write_text("filepath,title,note,note,,,title\n00000.png,a dog,x,y,,,a cat\n")
+    with pytest.raises(ValueError, match=r"a.csv has two columns called 'title'. Rename"):
+        open_dataset(Settings(str(tmp_path)))
+    (tmp_path / "a.csv").write_text("filepath,title,note,note,,\n00000.png,a dog,x,y,,\n")
+    assert open_dataset(Settings(str(tmp_path))).train["caption"].to_pylist() == ["a dog"]
+    double = pa.table([[png(0)], ["a dog"], ["a cat"]], names=["image", "caption", "caption"])
+    pq.write_table(double, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet has two columns called 'caption'. Rename"):
+        open_dataset(Settings(str(tmp_path)))
+
+
+WRONG = [[], {"info": [1]}, {"info": {"features": {"label": {"names": 3}}}}, {"info": {"features": {"label": {"names": [1]}}}}]
+
+
+@pytest.mark.parametrize("meta", [*map(json.dumps, WRONG), "{", b"\xff"])
+def test_metadata_that_is_not_hugging_faces_is_named_with_its_file(tmp_path: Path, meta: str | bytes):
+    table = pa.table({"image": [png(0)], "caption": ["a dog"], "label": [1]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": meta}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet: its metadata under 'huggingface' .*Write the file again"):
+        open_dataset(Settings(str(tmp_path)))
+    many = {"info": {"features": {"label": [{"names": ["a"]}]}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(many)}), tmp_path / "a.parquet")
+    assert open_dataset(Settings(str(tmp_path))).train.num_rows == 1
+
+
+def test_a_broken_file_of_class_names_is_named(tmp_path: Path):
+    parquet(tmp_path, pairs())
+    for name, content in (("classes.json", b'["dog"'), ("classes.json", b"\xff"), ("classes.json", b"{}"), ("classes.txt", b"\xff")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} (cannot be read: .*It )?must be .* in the order of the labels"):
+            open_dataset(Settings(str(tmp_path)))
+        (tmp_path / name).unlink()
+
+
 def test_missing_images_are_quarantined_and_counted(tmp_path: Path):
     openclip(tmp_path, pairs())
     (tmp_path / "images" / "00002.png").unlink()
