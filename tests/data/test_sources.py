@@ -305,6 +305,27 @@ def test_tar_samples_with_labels_json_and_without_images(tmp_path: Path):
     assert data.quarantine["reason"].to_pylist() == ["sample x/b has no image in the tar"]
 
 
+def test_a_tars_columns_are_extensions_or_keys_and_a_name_that_is_neither_is_refused(tmp_path: Path):
+    note = json.dumps({"alt": "a described dog", "caption": "a dog"}).encode()
+    texts = [("txt", b"a dog of the text"), ("TXTT", b"a second dog"), ("json", note), ("cls", b"dog")]
+    members = [("jpg", png(0)), ("left.jpg", png(1)), *texts]
+    write_tar(tmp_path / "x.tar", [(f"{key}.{extension}", body) for key in "ab" for extension, body in members])
+
+    def read(**columns: str) -> tuple[list[str], list[bytes | Exception]]:
+        rows = open_dataset(Settings(str(tmp_path), **columns)).train
+        return rows["caption"].to_pylist()[:1], read_bytes(rows)[:1]
+
+    assert read() == (["a dog of the text"], [png(0)])
+    assert read(caption_column="TXTT", image_column="left.jpg") == (["a second dog"], [png(1)])
+    assert read(caption_column="alt", image_column="jpg") == (["a described dog"], [png(0)])
+    for name in ("txtx", "jpg", "cls", "Alt"):
+        told = rf"no sample of the tars has '{name}' \(data.caption_column={name}\). .*: alt, caption, left.jpg, txt, txtt"
+        with pytest.raises(ValueError, match=told):
+            read(caption_column=name)
+    with pytest.raises(ValueError, match=r"has 'right.jpg' \(data.image_column=right.jpg\). .*: cls, jpg, json, left.jpg, txt, txtt"):
+        read(image_column="right.jpg")
+
+
 def test_a_tar_sample_with_an_empty_class_has_none(tmp_path: Path):
     members = [("a.png", png(0)), ("a.cls", b"dog"), ("b.png", png(1)), ("b.cls", b" \n"), ("c.png", png(2)), ("c.json", b'{"class": ""}')]
     write_tar(tmp_path / "x.tar", members)
