@@ -23,6 +23,7 @@ from orchestrate.secrets import credentials, masked
 from orchestrate.values import coerce
 
 DROP = 0.01  # share of the pairs that an audit gives up by default
+MOST_EPOCHS = 100_000  # what is planned goes through every epoch; no run has a use for so many
 AUDIT = "audit"  # as data.exclude: by an audit that the run makes itself, first
 
 
@@ -83,6 +84,7 @@ class Train:
 
     def __post_init__(self) -> None:
         _above(self, 0, "epochs", "batch", "accumulate", "lr", "eps")
+        _most(self, MOST_EPOCHS, "epochs")
         _least(self, 0, "warmup", "weight_decay", "clip_norm", "beta1", "beta2")
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
@@ -430,3 +432,9 @@ def _least(config: Any, bound: int, *names: str) -> None:
     for name in names:
         if not getattr(config, name) >= bound:
             raise ValueError(f"{type(config).__name__.lower()}.{name}={getattr(config, name)}: must be {bound} or more.")
+
+
+def _most(config: Any, bound: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) <= bound:
+            raise ValueError(f"{type(config).__name__.lower()}.{name}={getattr(config, name)}: must be {bound:,} or less.")

@@ -82,6 +82,20 @@ def test_what_is_not_there_or_not_a_set_is_said(tmp_path: Path):
         find("s3://key:secret@bucket/set")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("x[z-a].csv", r"data.path=.*x\[z-a\].csv: this is no glob \(bad character range z-a.*Mend what is in brackets"),
+        ("x[].csv", "this is no glob"),
+        ("{0..999999999999}.tar", r"\{0..999999999999\} names more than 1,000,000 files. Write \*"),
+        ("{0..999}{0..999}{0..999}.tar", "names more than 1,000,000 files"),
+    ],
+)
+def test_a_glob_that_is_none_or_has_no_end_is_refused(tmp_path: Path, pattern: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        find(f"{tmp_path}/{pattern}")
+
+
 def test_a_missing_column_lists_those_there(tmp_path: Path):
     (tmp_path / "a.csv").write_text("pic,words\nx.png,hello\n")
     with pytest.raises(ValueError, match=r"Its columns: pic, words.*data.image_column=…"):
