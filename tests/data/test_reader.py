@@ -17,6 +17,7 @@ from PIL import Image
 
 from orchestrate.data.index import open_dataset
 from orchestrate.data.reader import BadImage, attempt, check_share, decode, load, quarantined, read_bytes
+from orchestrate.recipe import MOST_PIXELS, Data
 
 from .data_formats import Settings, encoded, pairs, parquet, png, webdataset
 
@@ -46,6 +47,17 @@ def test_a_bound_on_pixels_is_inclusive():
     assert decode(png(0), 16, max_pixels=256).shape == (16, 16, 3)
     with pytest.raises(ValueError, match=r"16 x 16 pixels are more than data.max_pixels=255"):
         decode(png(0), 16, max_pixels=255)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_recipes_bound_on_pixels_is_the_one_that_counts(monkeypatch):
+    """Pillow has a bound of its own, for the whole process: a recipe's may be as large and no larger."""
+    assert 2 * Image.MAX_IMAGE_PIXELS == MOST_PIXELS
+    with pytest.raises(ValueError, match=r"20000 x 8900 pixels are more than data.max_pixels=177999999"):
+        decode(giant(20_000, 8_900), 32, max_pixels=177_999_999)
+    small = Image.new("RGB", (32, 32))  # in place of what would be decoded here
+    monkeypatch.setattr("orchestrate.data.reader._upright", lambda _: small)
+    assert decode(giant(20_000, 8_900), 32, max_pixels=Data(max_pixels=MOST_PIXELS).max_pixels).shape == (32, 32, 3)
 
 
 def test_what_is_no_image_is_said():
