@@ -80,7 +80,7 @@ def _samples(file: File, wish: Wish, seen: Seen) -> Iterator[dict[str, Any]]:
 def _finished(sample: dict[str, Any]) -> dict[str, Any]:
     if sample["size"] is None:
         sample["reason"] = f"sample {sample['id']} has no image in the tar"
-    texts = {name: scrubbed(sample[name]) for name in ("caption", "class") if sample[name]}
+    texts: dict[str, Any] = {name: scrubbed(sample[name]) for name in ("caption", "class") if sample[name]}
     if sample["captions"]:
         texts["captions"] = [scrubbed(text) for text in sample["captions"]]
     return sample | texts
