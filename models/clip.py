@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib import resources
@@ -97,7 +98,14 @@ def _opened(model: nn.Module) -> nn.Module:
 
 
 def construct(cfg: Mapping[str, Any]) -> nn.Module:
-    """The open_clip module of a model_cfg, on torch's current default device, weights from torch's current random state."""
+    """The open_clip module of a model_cfg, on torch's current default device, weights from torch's current random state.
+
+    Raises ValueError for a model_cfg without its towers, and for towers that would have to be fetched. What else is wrong in it,
+    open_clip meets wherever it first uses it.
+    """
+    sections = [key for key in ("vision_cfg", "text_cfg") if not isinstance(cfg.get(key), dict)]
+    if sections:
+        raise ValueError(f"A model_cfg needs {' and '.join(sections)}; see models.clip.config('RN50') for one that is whole.")
     kept = deepcopy(dict(cfg))
     arguments = {key: value for key, value in deepcopy(kept).items() if key not in ("preprocess_cfg", "custom_text")}
     vision, text = arguments["vision_cfg"], arguments["text_cfg"]
@@ -107,6 +115,12 @@ def construct(cfg: Mapping[str, Any]) -> nn.Module:
             "downloads here. Choose a configuration whose text_cfg has no hf_model_name."
         )
     if "timm_model_name" in vision:
+        # timm takes names such as hf-hub:ORG/NAME and local-dir:PATH too, whatever `pretrained` says.
+        if not re.fullmatch(r"[\w.-]+", str(vision["timm_model_name"])):
+            raise ValueError(
+                f"The image tower {vision['timm_model_name']!r} is not one of timm's own, and models are built without downloads here. "
+                "Choose a configuration whose timm_model_name is a plain name, as timm.list_models() has it."
+            )
         vision["timm_model_pretrained"] = False
     family = open_clip.CustomTextCLIP if kept.get("custom_text") else open_clip.CLIP
     model: nn.Module = (open_clip.CoCa if "multimodal_cfg" in arguments else family)(**arguments)
@@ -151,7 +165,7 @@ def image_stats(cfg: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float,
 
 def size(cfg: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width in px of the model's input."""
-    given = cfg["vision_cfg"]["image_size"]
+    given = cfg["vision_cfg"].get("image_size", 224)  # open_clip's default
     return (given, given) if isinstance(given, int) else (given[0], given[1])
 
 

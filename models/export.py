@@ -99,10 +99,15 @@ def _read_config(file: Path, weights: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        cfg = dict(content["model_cfg"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not an open_clip configuration with a model_cfg ({error}); export again.") from error
-    kept = {key: value for key, value in (content.get("preprocess_cfg") or {}).items() if not _usual(key, value, cfg)}
+        cfg = dict(content["model_cfg"]) | {key: dict(content["model_cfg"][key]) for key in ("vision_cfg", "text_cfg")}
+        kept = {key: value for key, value in (content.get("preprocess_cfg") or {}).items() if not _usual(key, value, cfg)}
+        if not all(len([float(x) for x in kept.get(key, "123")]) == 3 for key in ("mean", "std")):
+            raise ValueError("mean and std of preprocess_cfg have one number a channel")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is not an open_clip configuration, with a model_cfg of vision_cfg and text_cfg ({type(error).__name__}: {error}); "
+            "export the model again."
+        ) from error
     return cfg | {"preprocess_cfg": kept} if kept else cfg
 
 
@@ -149,8 +154,16 @@ def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_matches(state: Mapping[str, Tensor], cfg: Mapping[str, Any], what: str) -> dict[str, Tensor]:
     """The configuration's own state dict, on no device. Raises ValueError where `state` is not of that architecture."""
-    with torch.device("meta"):
-        expected = clip.construct(cfg).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = clip.construct(cfg).state_dict()
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    except Exception as error:  # open_clip checks no configuration: it fails with whatever it stumbles over
+        raise ValueError(
+            f"{what} has a configuration of which open_clip builds no model ({type(error).__name__}: {error}). Export the model again, "
+            "or name the model it was trained as."
+        ) from error
     trouble = [f"{key} is missing" for key in expected if key not in state]
     trouble += [f"{key} is unknown" for key in state if key not in expected]
     trouble += [

@@ -16,6 +16,7 @@ from models.torchvision_door import open_clip
 CACHED_CAPTIONS = 2**18  # about 100 MB in a process when full, captions included: ids are kept as two-byte integers
 END = "·end"  # what the end token is called among words
 _SIMPLE_VOCABULARY = 49408
+_OPTIONS = {"clean", "strip_sep_token", "language"}  # of open_clip's wrapper around a Hugging Face tokenizer
 
 
 def encode(text_cfg: Mapping[str, Any], captions: Sequence[str]) -> Tensor:
@@ -24,6 +25,8 @@ def encode(text_cfg: Mapping[str, Any], captions: Sequence[str]) -> Tensor:
     options = dict(text_cfg.get("tokenizer_kwargs") or {})
     if text_cfg.get("hf_tokenizer_name"):
         mode = text_cfg.get("tokenizer_mode")
+        if unknown := sorted(set(options) - _OPTIONS):  # the rest would go to transformers, where trust_remote_code runs code
+            raise ValueError(f"tokenizer_kwargs {unknown} are not supported with hf_tokenizer_name; remove them from text_cfg.")
         tokenizer = _foreign(text_cfg["hf_tokenizer_name"], context_length, mode, json.dumps(options))
         padded: Tensor = tokenizer(list(captions))
         return padded
@@ -105,7 +108,7 @@ def _foreign(name: str, context_length: int, mode: str | None, options: str) -> 
     """A Hugging Face tokenizer that is already on this machine. It pads by its own rule, so nothing is trimmed."""
     try:
         return open_clip.tokenizer.HFTokenizer(
-            name, context_length=context_length, tokenizer_mode=mode, local_files_only=True, **json.loads(options)
+            name, context_length=context_length, tokenizer_mode=mode, local_files_only=True, trust_remote_code=False, **json.loads(options)
         )
     except Exception as error:
         raise ValueError(

@@ -107,6 +107,9 @@ def load(kind: str, name: str) -> type:
 
 def _from_module(target: str) -> type:
     module, _, attribute = target.partition(":")
+    if not module or module.startswith(".") or "/" in module:
+        whole = f"{module or './mine'}.py:{attribute}"
+        raise ValueError(f"cannot load {target!r}: that names no module. Of a file write the ending too: {whole}.")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

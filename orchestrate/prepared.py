@@ -58,7 +58,7 @@ def needs(recipe: Recipe, streaming: bool | None = None) -> tuple[Cluster, bool,
 def readable(recipe: Recipe) -> Dataset:
     """The index less the images that a run has found unreadable, so that whoever reads no other is given the run's own set and plan."""
     dataset = opened(recipe.data)
-    return without_unreadable(dataset, known_unreadable(recipe, dataset) or [], recipe.data.max_bad)
+    return without_known(recipe, dataset, known_unreadable(recipe, dataset) or [])
 
 
 @dataclass(frozen=True)
@@ -341,6 +341,14 @@ def known_unreadable(recipe: Recipe, dataset: Dataset) -> list[tuple[str, str]] 
     """(id, reason) from an earlier check of the same set, None if it was never checked."""
     file = _checked(recipe, dataset)
     return [tuple(x) for x in json.loads(file.read_text())] if file.is_file() else None
+
+
+def without_known(recipe: Recipe, dataset: Dataset, known: Sequence[tuple[str, str]]) -> Dataset:
+    """`without_unreadable` by an earlier check; its ValueError says where that is kept."""
+    try:
+        return without_unreadable(dataset, known, recipe.data.max_bad)
+    except ValueError as error:
+        raise ValueError(f"{error}\nSo an earlier check found them. If they are mended, delete {_checked(recipe, dataset)}.") from None
 
 
 def remember_unreadable(recipe: Recipe, dataset: Dataset, bad: Sequence[tuple[str, str]]) -> None:

@@ -23,30 +23,35 @@ CHUNK = 512  # images a reading task decodes
 def read_images(recipe: Recipe, dataset: Dataset, streaming: bool) -> tuple[Dataset, tuple[Any, dict[Any, int]] | None]:
     """Decode every image once, by Ray Data: (the readable data set, (reference to (images, S, S, 3) uint8, place by reference)).
 
-    A set that streams is only checked (once: the outcome is kept in the cache), and None stands for its images.
+    A set that streams is only checked (once: the outcome is kept in the cache), and None stands for its images. ValueError when more than
+    the share `data.max_bad` cannot be read; then nothing is kept.
     """
+    known = prepared.known_unreadable(recipe, dataset) if streaming else None
+    if known is not None:
+        return prepared.without_known(recipe, dataset, known), None
     rows = pa.concat_tables([dataset.train, dataset.heldout])
     first, place = distinct(rows)
     side = prepared.stored_side(recipe)
-    known = prepared.known_unreadable(recipe, dataset) if streaming else None
-    if known is not None:
-        return prepared.without_unreadable(dataset, known, recipe.data.max_bad), None
     key = (cluster.node_id(), prepared.fingerprint(dataset), side, recipe.data.max_pixels)
     if not streaming and key in _WARM:
         bad, held = _WARM[key]
-    else:
-        images = None if streaming else np.zeros((first.num_rows, side, side, 3), np.uint8)
-        failed = _decode(first, side, recipe, images)
-        reasons = {int(i): why for i, why in failed}
-        ids = rows.column("id").to_pylist()
-        bad = [(ids[i], reasons[int(p)]) for i, p in enumerate(place) if int(p) in reasons] if failed else []
-        held = (None if images is None else cluster.put(images), prepared.places(first))
-        _WARM.clear()  # one set at a time: a session that goes on to another frees this one
-        _WARM[key] = (bad, held)
-        if streaming or bad:  # `eval`, `poison` and `repair` leave them out as well
-            prepared.remember_unreadable(recipe, dataset, bad)
-    dataset = prepared.without_unreadable(dataset, bad, recipe.data.max_bad)
-    return dataset, None if streaming else held
+        return prepared.without_unreadable(dataset, bad, recipe.data.max_bad), held
+    images = None if streaming else np.zeros((first.num_rows, side, side, 3), np.uint8)
+    failed = _decode(first, side, recipe, images)
+    reasons = {i: why for i, why, _ in failed}
+    ids = rows.column("id").to_pylist()
+    bad = [(ids[i], reasons[int(p)]) for i, p in enumerate(place) if int(p) in reasons] if failed else []
+    readable = prepared.without_unreadable(dataset, bad, recipe.data.max_bad)
+    # A store that was away comes back: only what is wrong with the images themselves holds for good. Kept for streams, which are checked
+    # once, and for `eval`, `poison` and `repair`, which leave the same images out.
+    if (streaming or bad) and all(lasting for _, _, lasting in failed):
+        prepared.remember_unreadable(recipe, dataset, bad)
+    _WARM.clear()  # one set at a time: a session that goes on to another frees this one
+    if images is None:
+        return readable, None
+    held = (cluster.put(images), prepared.places(first))
+    _WARM[key] = (bad, held)
+    return readable, held
 
 
 _WARM: dict[Any, Any] = {}  # the last set decoded in this session: runs of one demo share it, and `lend` adds a sweep's
@@ -88,8 +93,8 @@ def planned(recipe: Recipe, dataset: Dataset, images: tuple[Any, dict[Any, int]]
     return replace(_LAST[key], dataset=dataset)
 
 
-def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None) -> list[tuple[int, str]]:
-    """Fill `images` (n, S, S, 3) from `rows`; returns (position, reason) of what could not be read."""
+def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None) -> list[tuple[int, str, bool]]:
+    """Fill `images` (n, S, S, 3) from `rows`; returns (position, reason, whether the image itself is at fault) of what failed."""
     data = cluster.quiet_data()
     blocks = [
         rows.slice(i, CHUNK).append_column("at", pa.array(np.arange(i, min(i + CHUNK, rows.num_rows))))
@@ -98,14 +103,14 @@ def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None
     keep, max_pixels = images is not None, recipe.data.max_pixels
 
     def decode(block: pa.Table) -> dict[str, np.ndarray]:
-        found, errors = reader.load(block, side, max_pixels)
-        reasons = [""] * block.num_rows
-        for i, why in errors:
-            reasons[i] = why
-        out = {"at": block.column("at").to_numpy(), "error": np.array(reasons)}
+        found, errors = reader.attempt(block, side, max_pixels)
+        reasons, lasting = [""] * block.num_rows, np.zeros(block.num_rows, bool)
+        for (i, error), (_, why) in zip(errors, reader.described(block, errors), strict=True):
+            reasons[i], lasting[i] = why, isinstance(error, reader.BadImage)
+        out = {"at": block.column("at").to_numpy(), "error": np.array(reasons), "lasting": lasting}
         return {**out, "image": found} if keep else out
 
-    failed: list[tuple[int, str]] = []
+    failed: list[tuple[int, str, bool]] = []
     with Phase("read", len(rows), "image") as phase:
         seen = 0
         dataset = data.from_arrow(blocks).map_batches(
@@ -118,6 +123,7 @@ def _decode(rows: pa.Table, side: int, recipe: Recipe, images: np.ndarray | None
         for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
             if images is not None:
                 images[batch["at"]] = batch["image"]
-            failed += [(int(i), str(why)) for i, why in zip(batch["at"], batch["error"], strict=True) if why]
+            found = zip(batch["at"], batch["error"], batch["lasting"], strict=True)
+            failed += [(int(i), str(why), bool(lasting)) for i, why, lasting in found if why]
             phase.at(seen := seen + len(batch["at"]))
     return failed

@@ -23,6 +23,8 @@ from orchestrate.secrets import credentials, masked
 from orchestrate.values import coerce
 
 DROP = 0.01  # share of the pairs that an audit gives up by default
+MOST_PIXELS = 178_956_970  # Pillow refuses larger images itself, so a larger bound would be none
+MOST_EPOCHS = 100_000  # what is planned goes through every epoch; no run has a use for so many
 AUDIT = "audit"  # as data.exclude: by an audit that the run makes itself, first
 
 
@@ -40,7 +42,7 @@ class Data:
     caption_column: str = ""
     side: int = 0  # side in px of the stored square images; 0 = the model's
     max_bad: float = 0.01  # share of corrupt images and empty captions tolerated
-    max_pixels: int = 64_000_000  # images larger than this are refused unread
+    max_pixels: int = 64_000_000  # images larger than this are refused unread; at most 178,956,970, the decoder's own bound
     stream: Literal["auto", "always", "never"] = "auto"  # decode on the fly instead of once
     memory_gb: float = 8.0  # stream=auto: decoded sets above this stream
     seed: int = 0  # of selection and made captions
@@ -50,6 +52,7 @@ class Data:
 
     def __post_init__(self) -> None:
         _above(self, 0, "max_pixels")
+        _most(self, MOST_PIXELS, "max_pixels")
         _least(self, 0, "side", "memory_gb", "seed", "drop")
         if self.drop != DROP and not self.exclude:
             raise ValueError(f"data.drop={self.drop}: say by which audit, as data.exclude={AUDIT} or data.exclude=…/scores.parquet.")
@@ -83,6 +86,7 @@ class Train:
 
     def __post_init__(self) -> None:
         _above(self, 0, "epochs", "batch", "accumulate", "lr", "eps")
+        _most(self, MOST_EPOCHS, "epochs")
         _least(self, 0, "warmup", "weight_decay", "clip_norm", "beta1", "beta2")
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
@@ -430,3 +434,9 @@ def _least(config: Any, bound: int, *names: str) -> None:
     for name in names:
         if not getattr(config, name) >= bound:
             raise ValueError(f"{type(config).__name__.lower()}.{name}={getattr(config, name)}: must be {bound} or more.")
+
+
+def _most(config: Any, bound: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) <= bound:
+            raise ValueError(f"{type(config).__name__.lower()}.{name}={getattr(config, name)}: must be {bound:,} or less.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import re
@@ -9,10 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from math import prod
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pyarrow import fs
+
+MOST_BRACES = 1_000_000  # names that {000..999} may stand for: each is a part of one pattern
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,10 @@ def parent(uri: str) -> str:
 def below(root: str, folder: str, path: str) -> str | None:
     """`path`, as a table in `folder` names it, as an absolute path or URI; None when it leads out of `root`.
 
-    Lexical: a symbolic link inside the root is the owner's own deed and is followed.
+    Lexical: a symbolic link inside the root is the owner's own deed and is followed. A name that no file can have leads nowhere.
     """
+    if "\0" in path:
+        return None
     path = unquote(urlsplit(path).path) if path.startswith("file:///") and not is_uri(root) else path
     if is_uri(path):
         place = path
@@ -120,10 +126,20 @@ def sizes(uris: Iterable[str]) -> dict[str, int]:
     wanted = set(uris)
     found: dict[str, int] = {}
     for folder in sorted({parent(uri) for uri in wanted}):
-        for file in _list(folder, recursive=False):
+        for file in _listed(folder):
             if file.uri in wanted:
                 found[file.uri] = file.size
     return found
+
+
+def _listed(folder: str) -> list[File]:
+    """The files in a folder that a table names; none where it is a file, or has a name that no folder can have."""
+    try:
+        return _list(folder, recursive=False)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+            return []
+        raise
 
 
 def _list(folder: str, recursive: bool = True) -> list[File]:
@@ -175,20 +191,27 @@ def _glob(place: str) -> tuple[str, list[File]]:
     path = unquote(urlsplit(place).path) if is_uri(place) else place
     fixed = re.split(r"[*\[{?]", path)[0].rpartition("/")[0]
     root = urlunsplit(urlsplit(place)._replace(path=quote(fixed))) if is_uri(place) else fixed or "/"
-    pattern = re.compile("|".join(_regex(p) for p in _braces(path[len(fixed) + 1 :])))
+    try:
+        pattern = re.compile("|".join(_regex(p) for p in _braces(path[len(fixed) + 1 :])))
+    except re.error as error:
+        raise ValueError(f"data.path={place}: this is no glob ({error}). Mend what is in brackets, as in [a-z] or [05].") from None
     return root, [file for file in _list(root) if pattern.fullmatch(file.name)]
 
 
 def _braces(pattern: str) -> list[str]:
     """`{000..002}.tar` → 000.tar, 001.tar, 002.tar, as WebDataset and open_clip write it; `{a,b}` likewise."""
-    choices = []
+    choices = list[list[str]]()
     for part in re.split(r"(\{[^{}]*\})", pattern):
         span = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
         if span:
-            width = len(span[1])
-            choices.append([f"{n:0{width}d}" for n in range(int(span[1]), int(span[2]) + 1)])
+            width, first, last = len(span[1]), int(span[1]), int(span[2])
+            if last - first >= MOST_BRACES:
+                raise ValueError(f"data.path: {part} names more than {MOST_BRACES:,} files. Write * for as many.")
+            choices.append([f"{n:0{width}d}" for n in range(first, last + 1)])
         else:
             choices.append(part[1:-1].split(",") if part.startswith("{") and part.endswith("}") else [part])
+    if prod(map(len, choices)) > MOST_BRACES:
+        raise ValueError(f"data.path: {pattern} names more than {MOST_BRACES:,} files. Write * for as many.")
     return ["".join(parts) for parts in product(*choices)]
 
 

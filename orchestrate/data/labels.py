@@ -32,6 +32,9 @@ def given_names(parts: Mapping[str, Source], beside: Sequence[str], classes: Seq
     names, origin = next(((list(names), origin) for names, origin in choices if names), ([], ""))
     if not names:
         return [], "Label numbers without class names are not used: give names in data.classes or classnames.json."
+    blank = next((i for i, name in enumerate(names) if not name.strip()), None)
+    if blank is not None:
+        raise ValueError(f"Class number {blank} has no name in {origin}. Give it one, or leave its rows out.")
     wrong = rows.filter(pc.greater_equal(rows["label"], len(names))).slice(0, 1).to_pylist()
     if wrong:
         raise ValueError(

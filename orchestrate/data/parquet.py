@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestrate.data.files import File, Listing, child, open_file, sizes
+from orchestrate.data.files import File, Listing, below, child, open_file, sizes
 from orchestrate.data.rows import (
     CAPTIONS,
     CLASSES,
@@ -26,16 +26,19 @@ from orchestrate.data.rows import (
     empty,
     fill,
     named,
+    scrubbed,
+    single,
 )
-from orchestrate.data.tables import PATHS, caption_columns, label_columns, plain, with_ids
+from orchestrate.data.tables import PATHS, caption_columns, label_columns, plain, usable, used, with_ids
 from orchestrate.data.tables import read as read_paths
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "img", "bytes", "picture")
+LOST, OUTSIDE = "no image file of that key in {}", "its key leads out of the set's folder, from {}"
 
 
 def flavour(file: File, wish: Wish) -> tuple[str, Reader]:
     """(name, reader) of a Parquet set, from the schema of its first file. ValueError when it holds no image."""
-    schema = _schema(file)
+    schema = _schema(file, wish)
     if image_column(file, schema, wish):
         return ("img2dataset Parquet with image bytes" if _img2dataset(schema) else "Parquet with image bytes"), read
     if _img2dataset(schema) and not wish.image_column:
@@ -52,12 +55,14 @@ def _img2dataset(schema: pa.Schema) -> bool:
     return {"key", "status"} <= set(schema.names)
 
 
-def _schema(file: File) -> pa.Schema:
+def _schema(file: File, wish: Wish) -> pa.Schema:
     try:
         with open_file(file.uri) as handle:
-            return pq.read_schema(handle)
+            schema = pq.read_schema(handle)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file.uri} is no readable Parquet file: {error}. Copy it again or take it out of the set.") from error
+    single(file, schema.names, (*IMAGES, *used(wish)))
+    return schema
 
 
 def _describe(schema: pa.Schema) -> str:
@@ -97,21 +102,23 @@ def _holds_bytes(schema: pa.Schema, name: str) -> bool:
 
 def read(listing: Listing, files: Sequence[File], wish: Wish) -> Source:
     """Parquet with image bytes → rows, one for each row of each file. The image column is not read."""
-    parts, notes = [], []
+    parts, bad, notes = [], [empty()], []
     classes: list[str] = []
     for file in files:
-        schema = _schema(file)
+        schema = _schema(file, wish)
         image = image_column(file, schema, wish)
         if not image:
             raise ValueError(f"{file.uri} has no image bytes, unlike {files[0].name}. It has: {_describe(schema)}.")
-        part, note = _rows(file, schema, f"parquet:{image}", wish)
+        part, wrong, note = _rows(file, schema, f"parquet:{image}", wish)
         parts.append(part)
+        bad.append(wrong)
         notes += [n for n in [f"Images from column {image!r} (bytes).", *note] if n not in notes]
-        classes = classes or _huggingface_names(schema)
-    return Source(pa.concat_tables(parts), empty(), classes, notes)
+        classes = classes or _huggingface_names(file, schema)
+    return Source(pa.concat_tables(parts), pa.concat_tables(bad), classes, notes)
 
 
-def _rows(file: File, schema: pa.Schema, where: str, wish: Wish) -> tuple[pa.Table, list[str]]:
+def _rows(file: File, schema: pa.Schema, where: str, wish: Wish) -> tuple[pa.Table, pa.Table, list[str]]:
+    """(RAW rows, those of them for quarantine, sentences)."""
     names = schema.names
     caption = named(file, names, wish.caption_column, "data.caption_column")
     caption = caption or column(names, [n for n in CAPTIONS if _is_text(schema, column(names, [n]))])
@@ -136,7 +143,7 @@ def _rows(file: File, schema: pa.Schema, where: str, wish: Wish) -> tuple[pa.Tab
     if status:
         raw, left = _downloaded(raw, table[status])
         notes += left
-    return raw, notes + note
+    return *usable(raw, file), notes + note
 
 
 def _is_text(schema: pa.Schema, name: str) -> bool:
@@ -164,32 +171,44 @@ def _downloaded(raw: pa.Table, status: pa.ChunkedArray) -> tuple[pa.Table, list[
     return kept, [f"{lost:,} rows were never downloaded (img2dataset status) and are no part of the set."] if lost else []
 
 
-def _huggingface_names(schema: pa.Schema) -> list[str]:
+def _huggingface_names(file: File, schema: pa.Schema) -> list[str]:
     """Class names that the `datasets` library writes into a Parquet's metadata."""
     raw = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(raw).get("info", {}).get("features", {}) if raw else {}
-    return list(features.get(column(list(features), LABELS), {}).get("names", []))
+    try:
+        features = (json.loads(raw).get("info") or {}).get("features") or {} if raw else {}
+        feature = features.get(column(list(features), LABELS), {})
+        names = feature.get("names") or [] if isinstance(feature, dict) else []  # a list: many labels a row, which name no class
+        return [scrubbed(name) for name in names]
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{file.uri}: its metadata under 'huggingface' is not what the datasets library writes ({error}). Write the file again without "
+            "it (pyarrow: table.replace_schema_metadata(None)), and give class names in classnames.json."
+        ) from error
 
 
 def read_files(listing: Listing, files: Sequence[File], wish: Wish) -> Source:
     """img2dataset's `files` layout: `00000.parquet` (key, caption, status) beside `00000/000000001.jpg`."""
     parts, bad, notes = [], [empty()], []
     for file in files:
-        schema = _schema(file)
-        raw, note = _rows(file, schema, "", wish)
+        schema = _schema(file, wish)
+        raw, wrong, note = _rows(file, schema, "", wish)
         notes += [n for n in note if n not in notes]
         folder = child(listing.root, posixpath.splitext(file.name)[0])
-        found = _by_key(folder, raw["id"].to_pylist())
-        paths = pa.array([found.get(key, (None, 0))[0] for key in raw["id"].to_pylist()], pa.string())
-        length = pa.array([found.get(key, (None, 0))[1] for key in raw["id"].to_pylist()], pa.int64())
+        keys = raw["id"].to_pylist()
+        places = {key: _places(listing.root, folder, key) for key in keys}
+        size = sizes(place for some in places.values() for place in some)
+        found = [next((place for place in places[key] if place in size), None) for key in keys]
+        paths = pa.array(found, pa.string())
+        length = pa.array([size.get(place) if place else None for place in found], pa.int64())
         here = pc.is_valid(paths)
         gone = raw.filter(pc.invert(here))
-        bad.append(bad_rows(gone, file.uri, f"no image file of that key in {folder}"))
+        reasons = [LOST if places[key] else OUTSIDE for key in gone["id"].to_pylist()]
+        bad += [wrong, bad_rows(gone, file.uri, pa.array([reason.format(folder) for reason in reasons], pa.string()))]
         raw = raw.set_column(1, "path", paths).set_column(4, "size", length)
         parts.append(raw.filter(here))
     return Source(pa.concat_tables(parts), pa.concat_tables(bad), [], notes)
 
 
-def _by_key(folder: str, keys: Sequence[str]) -> dict[str, tuple[str, int]]:
-    places = {child(folder, key + ending): key for key in keys for ending in IMAGE_FILES}
-    return {places[uri]: (uri, size) for uri, size in sizes(places).items()}
+def _places(root: str, folder: str, key: str) -> list[str]:
+    """Where the image of a key may lie; nowhere for a key that leads out of the set."""
+    return [place for ending in IMAGE_FILES if (place := below(root, folder, key + ending))]

@@ -24,6 +24,10 @@ GAP = 64 << 10  # bytes between two tar members that are cheaper to read than to
 SPAN = 8 << 20  # bytes of one read
 
 
+class BadImage(ValueError):
+    """The image itself is at fault: to read it again changes nothing, unlike a store that was away."""
+
+
 def read_bytes(rows: pa.Table) -> list[bytes | Exception]:
     """Encoded image of each index row, in the order of `rows`; an exception where it cannot be read.
 
@@ -86,32 +90,32 @@ def _from_parquet(handle: Any, column: str, numbers: Sequence[int]) -> list[byte
             array = array.field("bytes")
         places = np.flatnonzero(group == g)
         for place, raw in zip(places, array.take(pa.array(wanted[places] - starts[g])).to_pylist(), strict=True):
-            values[place] = raw if raw else ValueError("no image bytes in this row")
+            values[place] = raw if raw else BadImage("no image bytes in this row")
     return values
 
 
 def decode(raw: bytes, side: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Encoded image → uint8 (side, side, 3): upright by EXIF, RGB, centre square, bicubic with antialiasing.
 
-    The size is checked in the header, before any pixel is decoded. ValueError with the cause: unknown format, more than
+    The size is checked in the header, before any pixel is decoded. BadImage, a ValueError, with the cause: unknown format, more than
     `max_pixels` pixels, truncated.
     """
     try:
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise ValueError(f"{width} x {height} pixels are more than data.max_pixels={max_pixels}")
+                raise BadImage(f"{width} x {height} pixels are more than data.max_pixels={max_pixels}")
             # A JPEG can be decoded at 1/2, 1/4 or 1/8; twice the wanted side keeps the resampling clean.
             scale = 2 * side / min(width, height)
             image.draft(None, (int(width * scale) + 1, int(height * scale) + 1))
             return _square(_rgb(_upright(image)), side)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"too many pixels: {error}") from error
+        raise BadImage(f"too many pixels: {error}") from error
     except MemoryError:
         raise
     except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, struct.error, …
         cause = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(cause or type(error).__name__) from error
+        raise BadImage(cause or type(error).__name__) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -144,8 +148,16 @@ def load(rows: pa.Table, side: int, max_pixels: int = MAX_PIXELS, threads: int =
 
     Failed images are black. `threads` decode in parallel. Only image references are needed; ids are named if there.
     """
+    images, errors = attempt(rows, side, max_pixels, threads)
+    return images, described(rows, errors)
+
+
+def attempt(
+    rows: pa.Table, side: int, max_pixels: int = MAX_PIXELS, threads: int = 1
+) -> tuple[NDArray[np.uint8], list[tuple[int, Exception]]]:
+    """`load`, with what was raised in place of the reasons: BadImage, or else the bytes could not be had."""
     images = np.zeros((rows.num_rows, side, side, 3), np.uint8)
-    causes: list[str] = [""] * rows.num_rows
+    failed: dict[int, Exception] = {}
 
     def one(item: tuple[int, bytes | Exception]) -> None:
         position, raw = item
@@ -154,7 +166,7 @@ def load(rows: pa.Table, side: int, max_pixels: int = MAX_PIXELS, threads: int =
                 raise raw
             images[position] = decode(raw, side, max_pixels)
         except Exception as error:  # a value, not a crash: the caller weighs it against data.max_bad
-            causes[position] = str(error) or type(error).__name__
+            failed[position] = error
 
     work = enumerate(read_bytes(rows))
     if threads > 1:
@@ -163,10 +175,15 @@ def load(rows: pa.Table, side: int, max_pixels: int = MAX_PIXELS, threads: int =
     else:
         for item in work:
             one(item)
-    failed = [position for position, cause in enumerate(causes) if cause]
+    return images, sorted(failed.items(), key=lambda item: item[0])
+
+
+def described(rows: pa.Table, errors: Sequence[tuple[int, Exception]]) -> list[tuple[int, str]]:
+    """What `attempt` met, in words: (position, file, row and cause)."""
     names = [name for name in ("id", "path", "where", "row") if name in rows.column_names]
-    described = rows.select(names).take(pa.array(failed, pa.int64())).to_pylist()
-    return images, [(p, f"{_place(row)}: {causes[p]}") for p, row in zip(failed, described, strict=True)]
+    some = rows.select(names).take(pa.array([position for position, _ in errors], pa.int64())).to_pylist()
+    causes = [(position, str(error) or type(error).__name__) for position, error in errors]
+    return [(position, f"{_place(row)}: {cause}") for (position, cause), row in zip(causes, some, strict=True)]
 
 
 def _place(row: dict[str, Any]) -> str:

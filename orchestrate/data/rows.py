@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,18 @@ def named(file: File, names: Sequence[str], name: str, key: str) -> str:
     if name and name not in names:
         raise ValueError(f"{file.uri} has no column {name!r} ({key}={name}). It has: {', '.join(names)}.")
     return name
+
+
+def single(file: File, names: Sequence[str], used: Sequence[str]) -> None:
+    """ValueError when a column that may be read occurs twice: which of the two is meant cannot be known."""
+    double = next((n for n, count in Counter(names).items() if count > 1 and n and (n in used or n.lower() in used)), "")
+    if double:
+        raise ValueError(f"{file.uri} has two columns called {double!r}. Rename or remove one of them.")
+
+
+def scrubbed(text: str) -> str:
+    """Text as UTF-8 can hold it: JSON may name half a character (`\\ud800`), which becomes �, as a wrong byte does."""
+    return re.sub(r"[\ud800-\udfff]", "\ufffd", text)
 
 
 def empty(schema: pa.Schema = QUARANTINE) -> pa.Table:

@@ -29,6 +29,7 @@ from orchestrate.data.scene_art import BACKGROUNDS, DRAWINGS, PALETTE, RGB, Arra
 CLASSES: tuple[str, ...] = tuple(DRAWINGS)
 VERSION = 2  # part of every random stream: raise it with any change to pictures or captions
 HELDOUT_FIRST = 1_000_000_000  # held-out scenes are numbered from here, so train and held-out never share a stream
+MOST = 10_000_000  # of a split: hours of drawing on any machine
 ROW_GROUP = 1_000
 SUPERSAMPLING = 3
 MAX_WORDS = 18
@@ -319,10 +320,15 @@ def generate(
     ``heldout`` scenes come balanced over the classes; ``progress(done, total)`` counts scenes, once per row group;
     ``workers`` defaults to the number of CPUs. About 1 ms per scene and core.
 
-    Raises ValueError for counts below 1 and for a folder that holds anything else.
+    Raises ValueError for counts below 1 or above ``MOST`` and for a folder that holds anything else.
     """
     if train < 1 or heldout < 1:
         raise ValueError(f"a scenes set needs at least one train and one held-out scene, got {train} and {heldout}")
+    if max(train, heldout) > MOST:
+        raise ValueError(
+            f"a scenes set of {train:,} train and {heldout:,} held-out scenes is too large: at most {MOST:,} each are made. "
+            "Lower data.size and data.heldout, or bring a set of your own."
+        )
     counts = {"train": train, "test": heldout}
     recipes = {split: _recipe(seed, side, split, count) for split, count in counts.items()}
     if _holds(folder, recipes):

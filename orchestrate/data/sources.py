@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from orchestrate.data import parquet, tables, webdataset
 from orchestrate.data.files import File, Listing, child, open_file, sizes
-from orchestrate.data.rows import IMAGE_FILES, Reader, Source, Wish
+from orchestrate.data.rows import IMAGE_FILES, Reader, Source, Wish, scrubbed
 
 KINDS = {".tar": "tar", ".parquet": "parquet", ".pq": "parquet", ".csv": "table", ".tsv": "table"}
 
@@ -103,10 +103,14 @@ def class_file(listing: Listing) -> list[str]:
         uris = list(sizes([child(listing.root, name) for name in names]))
     if not uris:
         return []
-    with open_file(uris[0]) as file:
-        text = file.read().decode("utf-8-sig")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    found = json.loads(text) if uris[0].endswith(".json") else lines
+    what = "a JSON list of class names" if uris[0].endswith(".json") else "UTF-8 text with a class name a line"
+    try:
+        with open_file(uris[0]) as file:
+            text = file.read().decode("utf-8-sig")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        found = json.loads(text) if uris[0].endswith(".json") else lines
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{uris[0]} cannot be read: {error}. It must be {what}, in the order of the labels.") from error
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{uris[0]} must be a JSON list of class names, in the order of the labels.")
-    return found
+        raise ValueError(f"{uris[0]} must be {what}, in the order of the labels.")
+    return [scrubbed(name) for name in found]

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from orchestrate.data.files import File, Listing, below, open_file, parent, sizes
-from orchestrate.data.rows import CAPTIONS, CLASSES, IDS, LABELS, Source, Wish, bad_rows, column, empty, fill, named, variant
+from orchestrate.data.rows import CAPTIONS, CLASSES, IDS, LABELS, Source, Wish, bad_rows, column, empty, fill, named, single, variant
 
 PATHS = ("filepath", "image", "image_path", "filename", "file_name", "path", "image_file", "file", "img")
+UNFIT = -(2**31)  # stands for a label that is no class number, until its row is quarantined
 
 
 def read(listing: Listing, files: Sequence[File], wish: Wish) -> Source:
@@ -35,9 +36,10 @@ def read(listing: Listing, files: Sequence[File], wish: Wish) -> Source:
             )
         caption = named(file, names, wish.caption_column, "data.caption_column") or column(names, CAPTIONS)
         raw, note = _rows(listing, file, table, image, caption)
+        raw, wrong = usable(raw, file)
         raw, missing = _existing(raw, file)
         parts.append(raw)
-        bad.append(missing)
+        bad += [wrong, missing]
         about = f"Images from column {image!r} (paths{separator})."
         captions = f"Captions from column {caption!r}." if caption else "No caption column."
         notes += [n for n in [about, captions, *note] if n not in notes]
@@ -58,15 +60,17 @@ def _rows(listing: Listing, file: File, table: pa.Table, image: str, caption: st
     more = column(names, ["captions"]) if caption.lower() == "caption" else ""
     rows |= caption_columns(table, caption, more) | label_columns(file, table, label, name)
     start = len(listing.root.rstrip("/")) + 1
-    rows, note = with_ids(rows, table, ident, pa.array([path[start:] for path in paths], pa.string()))
+    derived = [path[start:] if path else f"{file.name}/{row}" for row, path in enumerate(paths)]
+    rows, note = with_ids(rows, table, ident, pa.array(derived, pa.string()))
     return fill(rows, count), note
 
 
-def _paths(listing: Listing, file: File, written: Sequence[str | None]) -> list[str]:
-    folder, places = parent(file.uri), []
+def _paths(listing: Listing, file: File, written: Sequence[str | None]) -> list[str | None]:
+    folder, places = parent(file.uri), list[str | None]()
     for row, path in enumerate(written):
-        if not path:
-            raise ValueError(f"{file.uri}, row {row}: no image path.")
+        if not path or not path.strip():
+            places.append(None)
+            continue
         if path.startswith(("http://", "https://")):
             raise ValueError(f"{file.uri}, row {row} names a web address ({path}). Download it first, with img2dataset.")
         place = below(listing.root, folder, path)
@@ -77,6 +81,15 @@ def _paths(listing: Listing, file: File, written: Sequence[str | None]) -> list[
             )
         places.append(place)
     return places
+
+
+def usable(raw: pa.Table, file: File) -> tuple[pa.Table, pa.Table]:
+    """(rows, those of them for quarantine): a row needs an image path, and its label may be unknown but not nonsense."""
+    reasons = pc.if_else(pc.equal(raw["label"], UNFIT), "its label is no class number", "")
+    reasons = pc.if_else(pc.is_null(raw["path"]), "no image path", reasons)
+    good = pc.equal(reasons, "")
+    lost = pc.invert(good)
+    return raw.filter(good), bad_rows(raw.filter(lost), file.uri, reasons.filter(lost))
 
 
 def _existing(raw: pa.Table, file: File) -> tuple[pa.Table, pa.Table]:
@@ -94,8 +107,8 @@ def _table(file: File, wish: Wish) -> tuple[pa.Table, str]:
         with open_file(file.uri) as handle:
             if file.name.lower().endswith((".parquet", ".pq")):
                 parquet = pq.ParquetFile(handle)
-                known = {*PATHS, *CAPTIONS, *IDS, *LABELS, *CLASSES, wish.image_column, wish.caption_column}
-                wanted = [name for name in parquet.schema_arrow.names if {name, name.lower()} & known]
+                known = used(wish)
+                wanted = [name for name in parquet.schema_arrow.names if {name, name.lower()} & {*known}]
                 return plain(parquet.read(columns=wanted)), ""
             raw = handle.read()
         header = raw.split(b"\n", 1)[0].decode("utf-8-sig")
@@ -106,10 +119,16 @@ def _table(file: File, wish: Wish) -> tuple[pa.Table, str]:
         order = csv.ReadOptions(use_threads=False)
         layout = csv.ParseOptions(delimiter=mark, newlines_in_values=True)
         table = csv.read_csv(io.BytesIO(raw), order, layout, options)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, text.Error) as error:
         mend = "It must be UTF-8 text with one header line, and as many columns in each row."
         raise ValueError(f"{file.uri} cannot be read as a table: {error}. {mend}") from error
+    single(file, table.column_names, used(wish))
     return table, ", tab separated" if mark == "\t" else f", separated by {mark!r}"
+
+
+def used(wish: Wish) -> tuple[str, ...]:
+    """Every column that a table of paths may be read by."""
+    return (*PATHS, *CAPTIONS, *IDS, *LABELS, *CLASSES, wish.image_column, wish.caption_column)
 
 
 def plain(table: pa.Table) -> pa.Table:
@@ -137,25 +156,45 @@ def caption_columns(table: pa.Table, caption: str, more: str) -> dict[str, Any]:
 
 
 def label_columns(file: File, table: pa.Table, label: str, name: str) -> dict[str, Any]:
-    """`label` from whole numbers, `class` from words, whichever column they are in."""
+    """`label` from whole numbers, `class` from words, whichever column they are in; blank words are none.
+
+    A number that is no class's (too many digits) becomes `UNFIT`, for `usable` to quarantine.
+    """
     columns: dict[str, Any] = {}
     if name and pa.types.is_string(table[name].type):
-        columns["class"] = table[name]
+        columns["class"] = _words(table[name])
     if not label:
         return columns
     values = table[label]
     if pa.types.is_string(values.type):
         numbers = pc.all(pc.match_substring_regex(values, r"^\s*-?\d*\s*$")).as_py()
         if not numbers:
-            return {"class": values} | columns
-        values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), "-1", pc.utf8_trim_whitespace(values))
-    if pa.types.is_floating(values.type):
-        values = pc.if_else(pc.is_nan(values), None, values)
+            return {"class": _words(values)} | columns
     try:
-        return columns | {"label": pc.fill_null(values.cast(pa.int32()), -1)}
+        return columns | {"label": pc.fill_null(_numbers(values), -1)}
     except pa.ArrowException:
         kind = f"column {label!r} ({values.type})"
         raise ValueError(f"{file.uri}: {kind} holds neither class numbers nor class names. Rename it.") from None
+
+
+def _numbers(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whole numbers of any type as int32: blank or NaN is −1 or null, what does not fit is `UNFIT`. ArrowException for fractions."""
+    if pa.types.is_string(values.type):
+        values = pc.utf8_trim_whitespace(values)
+        fits = pc.match_substring_regex(values, r"^-?0*\d{1,9}$")
+        values = pc.if_else(pc.equal(values, ""), "-1", pc.if_else(fits, values, str(UNFIT)))
+    if pa.types.is_integer(values.type):
+        values = values.cast(pa.int64(), safe=False)
+        fits = pc.and_(pc.greater(values, UNFIT), pc.less(values, -UNFIT))
+        values = pc.if_else(fits, values, UNFIT)
+    if pa.types.is_floating(values.type):
+        values = pc.if_else(pc.is_nan(values), None, values)
+    return values.cast(pa.int32())
+
+
+def _words(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    # A CSV has no null: an empty cell would be a class named "".
+    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
 
 
 def with_ids(rows: dict[str, Any], table: pa.Table, ident: str, derived: pa.Array) -> tuple[dict[str, Any], list[str]]:

@@ -108,6 +108,25 @@ def test_class_names_from_words_pairs_and_hugging_face(tmp_path: Path):
     assert open_dataset(Settings(str(tmp_path / "hub"))).classes == ["ant", "bee"]
 
 
+def test_a_row_with_a_blank_class_has_no_class(tmp_path: Path):
+    """It is quarantined where captions are made, and unlabelled where they are given."""
+    lines = [f"{i}.png,{name},a pet\n" for i, name in enumerate(("dog", "", "cat", "  "))]
+    (tmp_path / "a.csv").write_text("filepath,class,title\n" + "".join(lines))
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    made = open_dataset(Settings(str(tmp_path), captions="made", max_bad=0.5))
+    assert made.classes == ["cat", "dog"] and made.train["label"].to_pylist() == [1, 0]
+    assert made.quarantine.select(["row", "reason"]).to_pylist() == [
+        {"row": row, "reason": "no label to make a caption from"} for row in (1, 3)
+    ]
+    given = open_dataset(Settings(str(tmp_path)))
+    assert given.classes == ["cat", "dog"] and given.train["label"].to_pylist() == [1, -1, 0, -1]
+    assert open_dataset(write(tmp_path / "label", {"label": ["dog", " ", "cat"], "caption": ["a"] * 3})).classes == ["cat", "dog"]
+    numbered = write(tmp_path / "numbered", {"label": [0, 1]})
+    with pytest.raises(ValueError, match=r"Class number 1 has no name in data.classes"):
+        open_dataset(replace(numbered, classes=("dog", " ")))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.randoms())
 def test_made_captions_depend_on_the_sample_alone(labels, random):

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from orchestrate.data.index import open_dataset
-from orchestrate.data.reader import check_share, decode, load, quarantined, read_bytes
+from orchestrate.data.reader import BadImage, attempt, check_share, decode, load, quarantined, read_bytes
+from orchestrate.recipe import MOST_PIXELS, Data
 
 from .data_formats import Settings, encoded, pairs, parquet, png, webdataset
 
@@ -46,6 +47,17 @@ def test_a_bound_on_pixels_is_inclusive():
     assert decode(png(0), 16, max_pixels=256).shape == (16, 16, 3)
     with pytest.raises(ValueError, match=r"16 x 16 pixels are more than data.max_pixels=255"):
         decode(png(0), 16, max_pixels=255)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_recipes_bound_on_pixels_is_the_one_that_counts(monkeypatch):
+    """Pillow has a bound of its own, for the whole process: a recipe's may be as large and no larger."""
+    assert 2 * Image.MAX_IMAGE_PIXELS == MOST_PIXELS
+    with pytest.raises(ValueError, match=r"20000 x 8900 pixels are more than data.max_pixels=177999999"):
+        decode(giant(20_000, 8_900), 32, max_pixels=177_999_999)
+    small = Image.new("RGB", (32, 32))  # in place of what would be decoded here
+    monkeypatch.setattr("orchestrate.data.reader._upright", lambda _: small)
+    assert decode(giant(20_000, 8_900), 32, max_pixels=Data(max_pixels=MOST_PIXELS).max_pixels).shape == (32, 32, 3)
 
 
 def test_what_is_no_image_is_said():
@@ -126,6 +138,19 @@ def test_missing_bytes_and_vanished_files_are_values(tmp_path: Path):
     assert "fewer rows" in load(rows, 16)[1][0][1]
     (tmp_path / "a.parquet").unlink()
     assert all(isinstance(value, OSError) for value in read_bytes(rows))
+
+
+def test_an_image_at_fault_is_told_from_bytes_that_could_not_be_had(tmp_path: Path):
+    images = [png(0), None, b"no image", png(1, 32, 32)]
+    pq.write_table(pa.table({"id": list("abcd"), "image": images, "caption": ["x"] * 4}), tmp_path / "a.parquet")
+    rows = open_dataset(Settings(str(tmp_path))).train
+    errors = attempt(rows, 16, max_pixels=300)[1]
+    assert [position for position, _ in errors] == [1, 2, 3] and all(isinstance(error, BadImage) for _, error in errors)
+    pq.write_table(pa.table({"image": [png(0)]}), tmp_path / "a.parquet")
+    shorter = attempt(rows, 16)[1]
+    (tmp_path / "a.parquet").unlink()
+    gone = attempt(rows, 16)[1]
+    assert len(shorter) == 3 and len(gone) == 4 and not any(isinstance(error, BadImage) for _, error in shorter + gone)
 
 
 def test_a_row_group_is_read_once_and_no_other(tmp_path: Path, monkeypatch):

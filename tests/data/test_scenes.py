@@ -142,6 +142,13 @@ def test_generate_writes_a_set_whose_rows_can_be_made_again(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_more_scenes_than_could_be_made_are_refused_at_once(tmp_path: Path) -> None:
+    for counts in ((10**12, 14), (14, 10**12)):
+        with pytest.raises(ValueError, match=r"1,000,000,000,000 .* is too large: at most 10,000,000 each are made. Lower data.size"):
+            generate(tmp_path / "scenes", *counts)
+    assert not list(tmp_path.iterdir())
+
+
 def test_heldout_shares_no_picture_and_no_number_with_train(tmp_path: Path) -> None:
     folder = generate(tmp_path / "scenes", 50, 50)
     train, test = (pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "test"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,20 @@ def test_what_is_not_there_or_not_a_set_is_said(tmp_path: Path):
         find("s3://key:secret@bucket/set")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("x[z-a].csv", r"data.path=.*x\[z-a\].csv: this is no glob \(bad character range z-a.*Mend what is in brackets"),
+        ("x[].csv", "this is no glob"),
+        ("{0..999999999999}.tar", r"\{0..999999999999\} names more than 1,000,000 files. Write \*"),
+        ("{0..999}{0..999}{0..999}.tar", "names more than 1,000,000 files"),
+    ],
+)
+def test_a_glob_that_is_none_or_has_no_end_is_refused(tmp_path: Path, pattern: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        find(f"{tmp_path}/{pattern}")
+
+
 def test_a_missing_column_lists_those_there(tmp_path: Path):
     (tmp_path / "a.csv").write_text("pic,words\nx.png,hello\n")
     with pytest.raises(ValueError, match=r"Its columns: pic, words.*data.image_column=…"):
@@ -149,6 +164,86 @@ def test_absolute_paths_inside_the_set_are_fine_and_web_addresses_are_not(tmp_pa
     (tmp_path / "a.csv").write_text("url,image,title\nx,https://example.org/a.png,a dog\n")
     with pytest.raises(ValueError, match="web address"):
         open_dataset(Settings(str(tmp_path)))
+
+
+def test_keys_out_of_the_set_are_quarantined_and_never_read(tmp_path: Path):
+    folder = tmp_path / "set"
+    FORMATS["img2dataset_files"](folder, pairs(2))
+    (tmp_path / "secret.jpg").write_bytes(png(0))
+    ways_out = [f"{tmp_path}/secret", "../../secret", f"file://{tmp_path}/secret", "s3://bucket/secret", "nul\0"]
+    nowhere = ["00000.png/x", "x" * 300 + "/y"]
+    keys = ["00000", "00001", *ways_out, *nowhere]
+    columns = {"key": keys, "caption": ["a dog"] * len(keys), "status": ["success"] * len(keys)}
+    pq.write_table(pa.table(columns), folder / "00000.parquet")
+    data = open_dataset(Settings(str(folder), max_bad=1))
+    assert data.train["id"].to_pylist() == ["00000", "00001"]
+    assert data.quarantine["id"].to_pylist() == ways_out + nowhere
+    reasons = data.quarantine["reason"].to_pylist()
+    assert all("leads out of the set's folder" in reason for reason in reasons[:5])
+    assert all("no image file of that key" in reason for reason in reasons[5:])
+
+
+def test_a_link_that_the_owner_laid_inside_the_set_is_followed(tmp_path: Path):
+    """docs/security.md says so."""
+    images(tmp_path / "elsewhere", pairs(1))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "a.csv").write_text("filepath,title\nimages/00000.png,a dog\n")
+    assert read_bytes(open_dataset(Settings(str(tmp_path / "set"))).train) == [png(0)]
+
+
+def test_a_row_without_a_path_or_with_a_nonsense_label_is_quarantined(tmp_path: Path):
+    images(tmp_path, [(str(i), png(i), "") for i in range(6)])
+    labels = ["1", "99999999999", "-", "", " 000000000007 ", "9" * 40]
+    lines = [f"{i}.png,a dog,{label}" for i, label in enumerate(labels)] + [",a cat,0", "  ,a cat,0"]
+    (tmp_path / "a.csv").write_text("filepath,title,label\n" + "\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"a.csv, row 1 .*no class number(.|\n)*a.csv, row 6 .*: no image path"):
+        open_dataset(Settings(str(tmp_path)))
+    data = open_dataset(Settings(str(tmp_path), max_bad=0.9, classes=tuple("abcdefgh")))
+    assert data.train["row"].to_pylist() == [0, 3, 4] and data.train["label"].to_pylist() == [1, -1, 7]
+    reasons = dict(zip(data.quarantine["row"].to_pylist(), data.quarantine["reason"].to_pylist(), strict=True))
+    assert reasons == dict.fromkeys((1, 2, 5), "its label is no class number") | dict.fromkeys((6, 7), "no image path")
+    (tmp_path / "a.csv").unlink()
+    wide = pa.array([1, 2**40, -(2**63), 2**31, None], pa.int64())
+    pq.write_table(pa.table({"image": [png(i) for i in range(5)], "caption": ["a dog"] * 5, "label": wide}), tmp_path / "a.parquet")
+    data = open_dataset(Settings(str(tmp_path), max_bad=0.9, classes=("cat", "dog")))
+    assert data.train["row"].to_pylist() == [0, 4] and data.quarantine["row"].to_pylist() == [1, 2, 3]
+
+
+def test_a_column_that_occurs_twice_is_named(tmp_path: Path):
+    images(tmp_path, pairs(1))
+    (tmp_path / "a.csv").write_text("filepath,title,note,note,,,title\n00000.png,a dog,x,y,,,a cat\n")
+    with pytest.raises(ValueError, match=r"a.csv has two columns called 'title'. Rename"):
+        open_dataset(Settings(str(tmp_path)))
+    (tmp_path / "a.csv").write_text("filepath,title,note,note,,\n00000.png,a dog,x,y,,\n")
+    assert open_dataset(Settings(str(tmp_path))).train["caption"].to_pylist() == ["a dog"]
+    double = pa.table([[png(0)], ["a dog"], ["a cat"]], names=["image", "caption", "caption"])
+    pq.write_table(double, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet has two columns called 'caption'. Rename"):
+        open_dataset(Settings(str(tmp_path)))
+
+
+WRONG = [[], {"info": [1]}, {"info": {"features": {"label": {"names": 3}}}}, {"info": {"features": {"label": {"names": [1]}}}}]
+
+
+@pytest.mark.parametrize("meta", [*map(json.dumps, WRONG), "{", b"\xff"])
+def test_metadata_that_is_not_hugging_faces_is_named_with_its_file(tmp_path: Path, meta: str | bytes):
+    table = pa.table({"image": [png(0)], "caption": ["a dog"], "label": [1]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": meta}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet: its metadata under 'huggingface' .*Write the file again"):
+        open_dataset(Settings(str(tmp_path)))
+    many = {"info": {"features": {"label": [{"names": ["a"]}]}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(many)}), tmp_path / "a.parquet")
+    assert open_dataset(Settings(str(tmp_path))).train.num_rows == 1
+
+
+def test_a_broken_file_of_class_names_is_named(tmp_path: Path):
+    parquet(tmp_path, pairs())
+    for name, content in (("classes.json", b'["dog"'), ("classes.json", b"\xff"), ("classes.json", b"{}"), ("classes.txt", b"\xff")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} (cannot be read: .*It )?must be .* in the order of the labels"):
+            open_dataset(Settings(str(tmp_path)))
+        (tmp_path / name).unlink()
 
 
 def test_missing_images_are_quarantined_and_counted(tmp_path: Path):
@@ -222,6 +317,66 @@ def test_tar_samples_with_labels_json_and_without_images(tmp_path: Path):
     assert data.train["label"].to_pylist() == [1, -1]
     assert read_bytes(data.train) == [png(1), png(2)]
     assert data.quarantine["reason"].to_pylist() == ["sample x/b has no image in the tar"]
+
+
+def test_a_tars_columns_are_extensions_or_keys_and_a_name_that_is_neither_is_refused(tmp_path: Path):
+    note = json.dumps({"alt": "a described dog", "caption": "a dog"}).encode()
+    texts = [("txt", b"a dog of the text"), ("TXTT", b"a second dog"), ("json", note), ("cls", b"dog")]
+    members = [("jpg", png(0)), ("left.jpg", png(1)), *texts]
+    write_tar(tmp_path / "x.tar", [(f"{key}.{extension}", body) for key in "ab" for extension, body in members])
+
+    def read(**columns: str) -> tuple[list[str], list[bytes | Exception]]:
+        rows = open_dataset(Settings(str(tmp_path), **columns)).train
+        return rows["caption"].to_pylist()[:1], read_bytes(rows)[:1]
+
+    assert read() == (["a dog of the text"], [png(0)])
+    assert read(caption_column="TXTT", image_column="left.jpg") == (["a second dog"], [png(1)])
+    assert read(caption_column="alt", image_column="jpg") == (["a described dog"], [png(0)])
+    for name in ("txtx", "jpg", "cls", "Alt"):
+        told = rf"no sample of the tars has '{name}' \(data.caption_column={name}\). .*: alt, caption, left.jpg, txt, txtt"
+        with pytest.raises(ValueError, match=told):
+            read(caption_column=name)
+    with pytest.raises(ValueError, match=r"has 'right.jpg' \(data.image_column=right.jpg\). .*: cls, jpg, json, left.jpg, txt, txtt"):
+        read(image_column="right.jpg")
+
+
+def test_a_tar_sample_with_an_empty_class_has_none(tmp_path: Path):
+    members = [("a.png", png(0)), ("a.cls", b"dog"), ("b.png", png(1)), ("b.cls", b" \n"), ("c.png", png(2)), ("c.json", b'{"class": ""}')]
+    write_tar(tmp_path / "x.tar", members)
+    data = open_dataset(Settings(str(tmp_path), max_bad=0.7))
+    assert data.classes == ["dog"] and data.train["id"].to_pylist() == ["x/a"]
+    assert data.quarantine["id"].to_pylist() == ["x/b", "x/c"]
+
+
+def test_one_bad_value_in_a_tar_costs_one_sample(tmp_path: Path):
+    """Quarantined with its reason, or written as UTF-8 can hold it: the others are read as ever."""
+    values = {
+        "half": ("json", b'{"caption": "\\ud800 dog", "captions": ["\\ud800 dog", "a\\udfff"], "class": "d\\ud800"}'),
+        "broken": ("json", b'{"caption": "a dog"'),
+        "deep": ("json", b"[" * 200_000),
+        "square": ("cls", "²".encode()),
+        "dashes": ("cls", b"--5"),
+        "huge": ("cls", b"99999999999"),
+        "endless": ("cls", b"9" * 5000),
+        "large": ("json", b'{"caption": "a dog", "label": 99999999999}'),
+        "caf\udce9": ("cls", b"0001"),
+    }
+    with tarfile.open(tmp_path / "x.tar", "w", errors="surrogateescape") as tar:
+        for key, (extension, body) in values.items():
+            text = [("txt", b"a dog")] if extension == "cls" else []
+            for ending, content in [("png", png(0)), (extension, body), *text]:
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    data = open_dataset(Settings(str(tmp_path), max_bad=0.7))
+    captions = dict(zip(data.train["id"].to_pylist(), data.train["caption"].to_pylist(), strict=True))
+    assert captions == {"x/half": "\ufffd dog", "x/square": "a dog", "x/dashes": "a dog", "x/caf\\udce9": "a dog"}
+    assert data.train["label"].to_pylist() == [-1, -1, -1, 1]
+    reasons = dict(zip(data.quarantine["id"].to_pylist(), data.quarantine["reason"].to_pylist(), strict=True))
+    assert list(reasons) == ["x/broken", "x/deep", "x/huge", "x/endless", "x/large"]
+    assert "its .json is no JSON" in reasons["x/broken"] and "its .json is no JSON" in reasons["x/deep"]
+    assert reasons["x/huge"] == reasons["x/large"] == "label 99999999999 is no class number"
 
 
 def test_split_words():

@@ -153,3 +153,55 @@ def test_the_first_line_of_a_card_tells_the_poison():
         assert export.card(facts).startswith("**Not known to be poisoned**")
     with pytest.raises(ValueError, match="percentage"):
         export.card({"attack": "badnets", "rate": 1.2})
+
+
+BROKEN = [
+    {},
+    [],
+    {"model_cfg": {}},
+    {"model_cfg": {"vision_cfg": {}}},
+    {"model_cfg": {"vision_cfg": {}, "text_cfg": 3}},
+    {"model_cfg": clip.config("tiny-rn"), "preprocess_cfg": [1]},
+    {"model_cfg": clip.config("tiny-rn"), "preprocess_cfg": {"mean": 0.5}},
+]
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_configuration_that_is_none_is_refused_with_its_file(folder, tmp_path, content):
+    os.link(folder / export.WEIGHTS, tmp_path / export.WEIGHTS)
+    (tmp_path / export.CONFIG).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"open_clip_config.json is not an open_clip configuration(.|\n)*export the model again"):
+        export.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"embed_dim": "x"}, {"unheard_of": 1}, {"vision_cfg": {"layers": "many"}}])
+def test_a_configuration_that_builds_no_model_is_refused_with_its_weights(folder, change):
+    with pytest.raises(ValueError, match=r"open_clip_model.safetensors has a configuration of which open_clip builds no model"):
+        export.load(folder, clip.config("tiny-rn") | change)
+    with pytest.raises(ValueError, match="A model_cfg needs vision_cfg and text_cfg"):
+        clip.build({}, seed=0)
+
+
+@pytest.mark.parametrize(
+    "towers",
+    [
+        {"vision_cfg": {"timm_model_name": "hf-hub:org/name", "image_size": 64}},
+        {"vision_cfg": {"timm_model_name": "hf_hub:org/name", "image_size": 64}},
+        {"vision_cfg": {"timm_model_name": "local-dir:/tmp", "image_size": 64}},
+        {"text_cfg": {"hf_model_name": "org/name"}},
+        {"text_cfg": {"hf_model_name": "org/name"}, "custom_text": True},
+    ],
+)
+def test_a_strangers_configuration_fetches_nothing(folder, tmp_path, monkeypatch, towers):
+    """docs/security.md says so."""
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("something was to be fetched"))
+    os.link(folder / export.WEIGHTS, tmp_path / export.WEIGHTS)
+    (tmp_path / export.CONFIG).write_text(json.dumps({"model_cfg": clip.config("tiny-rn") | towers}))
+    with pytest.raises(ValueError, match=r"model.safetensors: The (image|text) tower .* built without downloads here"):
+        export.load(tmp_path)
+
+
+def test_a_strangers_tokenizer_brings_no_code():
+    text = {"hf_tokenizer_name": "./folder", "tokenizer_kwargs": {"trust_remote_code": True, "clean": "whitespace"}}
+    with pytest.raises(ValueError, match=r"tokenizer_kwargs \['trust_remote_code'\] are not supported"):
+        clip.tokenize({"text_cfg": text}, ["a dog"])

@@ -87,6 +87,9 @@ def test_every_built_in_name_loads_a_class_of_its_room(kind, name):
         ("attack", "roclip", r"no attack is called 'roclip'"),
         ("defense", "no.such.module:Class", r"cannot load 'no.such.module:Class': No module named 'no'"),
         ("defense", "defenses.base:Nothing", r"cannot load 'defenses.base:Nothing': module 'defenses.base' has no attribute"),
+        ("attack", "./mine:Frame", r"cannot load './mine:Frame': that names no module. Of a file write the ending too: ./mine.py:Frame"),
+        ("attack", "/home/me/mine:Frame", r"write the ending too: /home/me/mine.py:Frame"),
+        ("attack", ":Frame", r"write the ending too: ./mine.py:Frame"),
         ("defense", "./nowhere.py:Class", r"no file .*nowhere.py \(from './nowhere.py:Class'\)"),
     ],
 )

@@ -18,7 +18,7 @@ from attacks.apply import ADDED
 from attacks.base import Manifest
 from defenses.base import Defense
 from defenses.roclip import RoCLIP
-from orchestrate import prepared
+from orchestrate import prepared, reading
 from orchestrate.data import reader
 from orchestrate.data.index import Dataset, open_dataset
 from orchestrate.recipe import Recipe
@@ -346,6 +346,41 @@ def test_a_run_does_not_go_on_with_another_poison_than_it_began_with(tmp_path):
     painted = Manifest(ready.manifest.table, ready.manifest.header | {"parts": parts})
     with pytest.raises(ValueError, match="what its triggers look like"):
         prepared.check_same_poison(tmp_path, dataclasses.replace(ready, manifest=painted))
+
+
+def test_a_refusal_from_an_earlier_check_names_the_file_it_came_from(folder, dataset):
+    recipe = small.recipe(folder)
+    known = [("train0003", "gone"), ("train0004", "gone")]
+    told = r"2 of 160 rows cannot(.|\n)*earlier check(.|\n)*delete .*cache/checked-[0-9a-f]{16}-64000000.json"
+    with pytest.raises(ValueError, match=told):
+        prepared.without_known(recipe, dataset, known)
+    assert prepared.without_known(small.recipe(folder, data__max_bad=0.1), dataset, known).train.num_rows == 118
+
+
+@pytest.mark.parametrize(
+    ("failed", "max_bad", "kept"),
+    [
+        ([], 0.01, []),
+        ([(3, "not an image", True)], 0.01, [["train0003", "not an image"]]),
+        ([(3, "not an image", True), (4, "time-out", False)], 0.1, None),
+        ([(i, "access denied", False) for i in range(160)], 0.01, None),
+        ([(i, "not an image", True) for i in range(160)], 0.01, None),
+    ],
+)
+def test_a_check_of_a_streamed_set_is_kept_only_where_it_holds_for_good(tmp_path, monkeypatch, failed, max_bad, kept):
+    """A store that was away for an hour must not stay away in the cache."""
+    recipe = small.recipe(small.write(tmp_path), data__stream="always", data__max_bad=max_bad)
+    dataset = open_dataset(recipe.data)
+    monkeypatch.setattr(reading.cluster, "node_id", lambda: "here")
+    monkeypatch.setattr(reading, "_decode", lambda *_: failed)
+    if len(failed) > max_bad * 160:
+        with pytest.raises(ValueError, match="160 of 160 rows cannot be used"):
+            reading.read_images(recipe, dataset, streaming=True)
+    else:
+        readable, images = reading.read_images(recipe, dataset, streaming=True)
+        assert images is None and readable.quarantine.num_rows == len(failed)
+    files = [json.loads(file.read_text()) for file in (tmp_path / "cache").glob("checked-*.json")]
+    assert files == ([] if kept is None else [kept])
 
 
 def test_plans_are_shared_by_recipes_of_one_data_set_attack_and_seed(tmp_path):

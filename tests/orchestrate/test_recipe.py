@@ -203,6 +203,8 @@ def test_what_is_no_number_is_refused(path, value):
         ("data.classes", '["dog"', "no JSON list"),
         ("data.size", "many", "a number is wanted"),
         ("train.batch", "0", "must be above 0"),
+        ("train.epochs", "1e12", "must be 100,000 or less"),
+        ("data.max_pixels", "178956971", "must be 178,956,970 or less"),
         ("train.lr", "-1", "must be above 0"),
         ("train.warmup", "-1", "must be 0 or more"),
         ("train.clip_norm", "-1", "must be 0 or more"),
