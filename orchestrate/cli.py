@@ -16,14 +16,9 @@ from orchestrate.recipe import Recipe, Resolved, flatten, from_dict, parse_overr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 what the user can mend (one message on stderr), 130 interrupted."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # key=value after an option, which argparse leaves over
-        args.overrides += rest
+    args = parsed(argv)
     if not getattr(args, "verb", None):
-        parser.print_help()
+        _parser().print_help()
         return 0
     try:
         code = args.verb(args) or 0
@@ -38,6 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("antidote: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """A command line, read. What argparse refuses ends the process with code 2 and the usage."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value after an option, which argparse leaves over
+        args.overrides += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

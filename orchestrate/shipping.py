@@ -47,17 +47,28 @@ class Order:
         return re.sub(r"[^\w.-]+", "-", sweeps.called(self.what.split(",")), flags=re.ASCII)[:48].strip("-.") or "job"
 
 
-def ask(what: str, words: Sequence[str], options: Sequence[str], source: Source) -> tuple[Order, list[Recipe]]:
-    """The order, checked as far as this machine can, and some of its recipes. ValueError for what the nodes would refuse."""
+def ask(what: str, words: Sequence[str], options: Sequence[str], source: Source, force: bool = False) -> tuple[Order, list[Recipe]]:
+    """The order, checked as far as this machine can, and some of its recipes. ValueError for what the nodes would refuse.
+
+    options: how a sweep searches, as typed. force: `run` alone knows it, so it makes no sweep and goes with none.
+    """
     asked = sweeps.ask(what, words)
     space = axes.read({name: source(name) for name in asked.recipes}, asked.words)
     sweep = bool(space.axes or asked.shows or len(asked.recipes) > 1 or options)
-    found = [trial.recipe for trial in axes.sample(space, 3)] if sweep else [one.recipe for one in source(what)(_given(words))]
+    if sweep and force:
+        raise ValueError("--force is for one recipe, and this is a sweep, which runs what is not finished: leave it, or submit one recipe.")
+    found = [trial.recipe for trial in _some(space)] if sweep else [one.recipe for one in source(what)(_given(words))]
     for word in words:
         check(word)
     for recipe in found:
         _check("data.path", recipe.data.path)
-    return Order("sweep" if sweep else "run", what, tuple(words), tuple(options)), found
+    return Order("sweep" if sweep else "run", what, tuple(words), (*options, *(["--force"] if force else []))), found
+
+
+def _some(space: axes.Space) -> list[axes.Trial]:
+    """A few trials of a sweep: of three settings drawn, or the first ones where nothing but the seed varies."""
+    drawn = any(axis.path != axes.SEED for axis in space.axes)
+    return axes.sample(space, 3) if drawn else space.trials_at(axes.seeds(space)[0])
 
 
 def _given(words: Sequence[str]) -> dict[str, str]:
