@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrate import cli_audit, cli_cluster, cli_models, cli_sweeps, recipes, sweeps
+from orchestrate import cli_audit, cli_cluster, cli_models, cli_sweeps, recipe_file, recipes, sweeps
 from orchestrate.recipe import Recipe, Resolved, flatten, from_dict, parse_overrides
 
 
@@ -100,7 +100,7 @@ def source(name: str) -> Callable[[Mapping[str, Any]], list[Resolved]]:
     if name.startswith("mlflow:"):
         return lambda overrides: [from_dict(*_recorded(name.removeprefix("mlflow:"), dict(overrides)))]
     if name.endswith(".json"):
-        tree = _read(Path(name))
+        tree = recipe_file.read(Path(name))
         return lambda overrides: [from_dict(tree, overrides)]
     return lambda overrides: recipes.get(name, overrides)
 
@@ -110,15 +110,6 @@ def _recorded(run_id: str, overrides: dict[str, Any]) -> tuple[dict[str, Any], d
     from orchestrate.track import load_recipe
 
     return load_recipe(str(overrides.pop("track.uri", "")), run_id), overrides
-
-
-def _read(file: Path) -> Any:
-    if not file.is_file():
-        raise ValueError(f"no file {file}. A finished run keeps its recipe in runs/<run>/recipe.json.")
-    try:
-        return json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON: {error}.") from None
 
 
 def _ls(args: argparse.Namespace) -> None:
@@ -217,7 +208,7 @@ def _eval(args: argparse.Namespace) -> None:
     from orchestrate import scoring
 
     overrides = {**({"data": args.data} if args.data else {}), **parse_overrides(args.overrides)}
-    base = json.loads(Path(args.recipe).read_text()) if args.recipe else {"name": "eval"}
+    base = recipe_file.read(Path(args.recipe)) if args.recipe else {"name": "eval"}
     recipe = from_dict(base, overrides).recipe
     metrics, record = scoring.score(args.checkpoint, args.model, recipe)
     for key, value in metrics.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,10 +26,10 @@ def checkpoint_of(path: str) -> tuple[str, str]:
     return path, ""
 
 
-def recipe_of(file: str, overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe whose data and attack are measured, with a defence that repairs; the run's own is left out."""
-    tree = json.loads(Path(file).read_text()) if file else {"name": "repair"}
-    recipe = from_dict({key: value for key, value in tree.items() if key != "defense"}, {"defense": "cleanclip", **overrides}).recipe
+def recipe_of(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe whose data and attack are measured (a recipe.json's tree), with a defence that repairs; the tree's own is left out."""
+    kept = {"name": "repair", **{key: value for key, value in tree.items() if key != "defense"}}
+    recipe = from_dict(kept, {"defense": "cleanclip", **overrides}).recipe
     if prepared.build_defense(recipe).repair() is None:
         assert recipe.defense is not None
         raise ValueError(f"defense={recipe.defense.use} does not repair a trained model: take defense=cleanclip, or one of your own.")
