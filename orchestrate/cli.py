@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     track = verb("track", _track, "track sync RUN…: send MLflow what it has not got")
     track.add_argument("what", choices=["sync"])
     track.add_argument("runs", nargs="+", help="run directories")
+    track.add_argument("--uri", default="", help="address of their MLflow, where it holds a password (default: MLFLOW_TRACKING_URI)")
     return parser
 
 
@@ -234,12 +235,12 @@ def _ui(args: argparse.Namespace) -> int:
 
 def _track(args: argparse.Namespace) -> None:
     from orchestrate import rundir
-    from orchestrate.track import Tracker
+    from orchestrate.track import Tracker, address
 
     for run in args.runs:
         if not Path(run).is_dir():
             raise ValueError(f"no run directory {run}.")
-        tracker = Tracker.load(Path(run))
+        tracker = Tracker.load(Path(run), address(Path(run), args.uri))
         if (Path(run) / rundir.RESULT).exists() and not tracker.ended:  # killed between its result and the end of its MLflow run
             tracker.owe("finished", rundir.artifacts(Path(run)))
         print(f"{run}: {tracker.replay()} lines sent")
