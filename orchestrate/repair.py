@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,10 +41,14 @@ def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: str, out: 
     """Fine-tune and write `out` (an open_clip folder with its card) and out/result.json, which is returned.
 
     clean: a data set of trusted pairs; "": `defense.clean` of the recipe's own pairs, those that its attack leaves alone. Figures before
-    and after are of the recipe's data, with the recipe's attack where it has one; without a recipe's data, of the trusted set's.
+    and after are of the recipe's data, with the recipe's attack where it has one; without a recipe's data, of the trusted set's. OSError
+    where `out` is no folder that can be written to, before the fine-tuning.
     """
     from models import clip, export
 
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass  # a folder may be there and take nothing
     (built, cfg), plan = export.load(checkpoint, model), prepared.build_defense(recipe).repair()
     assert plan is not None
     ready, trusted = _data(recipe, clean, plan)

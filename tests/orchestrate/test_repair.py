@@ -18,8 +18,9 @@ from . import small
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)  # where --out lies by default
 
 
 @pytest.fixture
@@ -78,6 +79,16 @@ def test_what_cannot_be_repaired_is_said(run: Path, words: list[str], message: s
     known = {"RUN": str(run), "MODEL": str(run / "model")}
     assert cli.main(["repair", *(known.get(word, word) for word in words), "evaluate.probe=false"]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("a file where a folder should go")
+    monkeypatch.setattr(repair, "fine_tune", lambda *_: pytest.fail("it trained, and has nowhere to keep what it trained"))
+    for out in ("taken", "taken/inside"):
+        assert cli.main(["repair", str(run), "--out", str(tmp_path / out), *QUICK]) == 1
+        assert "taken" in capsys.readouterr().err
 
 
 EVIL = """
