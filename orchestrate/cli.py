@@ -208,7 +208,7 @@ def _poison(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from orchestrate import scoring
 
-    overrides = {**({"data": args.data} if args.data else {}), **parse_overrides(args.overrides)}
+    overrides = parse_overrides([*([f"data={args.data}"] if args.data else []), *args.overrides])
     base = recipe_file.read(Path(args.recipe)) if args.recipe else {"name": "eval"}
     recipe = from_dict(base, overrides).recipe
     metrics, record = scoring.score(args.checkpoint, args.model, recipe)

@@ -62,7 +62,7 @@ def _certify(args: argparse.Namespace) -> None:
     from orchestrate import certificates, repair
 
     checkpoint, own = repair.checkpoint_of(args.checkpoint)
-    overrides = {**({"data": args.data} if args.data else {}), **parse_overrides(args.overrides)}
+    overrides = parse_overrides([*([f"data={args.data}"] if args.data else []), *args.overrides])
     tree = recipe_file.found(Path(own), METHODS) if own else {}
     kept = {key: value for key, value in tree.items() if key not in METHODS}  # neither has a part in it, so no code of theirs is loaded
     recipe = from_dict({"name": "certify", **kept}, overrides).recipe

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrate import ROOT, axes, sweeps
-from orchestrate.recipe import METHODS, Recipe, Resolved
+from orchestrate.recipe import AUDIT, METHODS, Recipe, Resolved
 from orchestrate.secrets import credentials
 
 ROOMS = ("orchestrate", "models", "attacks", "defenses")
@@ -29,6 +29,8 @@ WHERE = "ANTIDOTE_STORAGE"  # the nodes' variable that says where a cluster keep
 RUNS, STORAGE = "cluster.runs", "cluster.storage"  # the variable stands for the second
 FILE = re.compile(r"[^\s,;+=\"]+\.py(?=:[A-Za-z_])")  # ./mine.py:Class in a word
 ON_ONE_HOST = re.compile(r"(?![\w+.-]+:/|/|~)")  # a relative path: it means this directory, which no node has
+# keys that hold a path, and the words that are none
+PATHS = {"data.path": ("scenes",), "data.exclude": (AUDIT,), "data.cache": (), "cluster.runs": (), "cluster.storage": ()}
 
 Source = Callable[[str], Callable[[Mapping[str, Any]], list[Resolved]]]
 
@@ -87,7 +89,8 @@ def _check(key: str, value: str) -> None:
             "environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; the cloud's own variables or roles for storage)."
         )
     key = f"{key}.path" if key == "data" else key
-    if key in ("data.path", "data.cache", "cluster.runs", "cluster.storage") and value not in ("", "scenes") and ON_ONE_HOST.match(value):
+    values = re.split("[,;]", value.removeprefix("choice:")) if ON_ONE_HOST.match(value) else []  # of an axis
+    if key in PATHS and any(one not in ("", *PATHS[key]) and ON_ONE_HOST.match(one) for one in values):
         raise ValueError(f"{key}={value} is a path in this directory: give the one by which all nodes know it, such as /shared/{value}.")
 
 

@@ -215,6 +215,8 @@ def test_eval_reads_data_and_recipe_from_the_words_it_is_given(here, capsys):
     """No checkpoint is there: the data are not read before that is said."""
     assert "no-checkpoint" in refused(capsys, "eval", "no-checkpoint")
     assert "data.path is given twice" in refused(capsys, "eval", "x", "--data", "a", "data.path=b")
+    for verb in ("eval", "certify"):
+        assert "data is given twice ('a' and 'b')" in refused(capsys, verb, "x", "--data", "a", "data=b")
     assert "unknown key 'evaluate.bach'" in refused(capsys, "eval", "x", "evaluate.bach=3")
 
 

@@ -105,12 +105,27 @@ def test_a_mistake_is_found_before_anything_is_sent():
         shipping.ask("roclip", ["defense.evry=1"], [], cli.source)
 
 
-@pytest.mark.parametrize("word", ["data=pairs.csv", "cluster.runs=runs", "data.cache=cache"])
+@pytest.mark.parametrize("word", ["data=pairs.csv", "cluster.runs=runs", "data.cache=cache", "data.exclude=audited/scores.parquet"])
 def test_a_path_of_this_directory_is_refused_with_the_mend(word: str):
     with pytest.raises(ValueError, match="the one by which all nodes know it"):
         shipping.ask("roclip", [word], [], cli.source)
     for path in ("/shared/x", "s3://bucket/x", "~/x"):
         shipping.check(f"{word.partition('=')[0]}={path}")
+
+
+@pytest.mark.parametrize(
+    "word", ["data.exclude=audit", "data.exclude=", "data=scenes", "data=scenes,/shared/x", "data.exclude=audit,/shared/scores.parquet"]
+)
+def test_a_word_that_is_no_path_travels(word: str):
+    shipping.check(word)
+    with pytest.raises(ValueError, match="is a path in this directory"):
+        shipping.check(f"{word},here/x")
+
+
+@pytest.mark.parametrize("more", [["--samples", "3"], ["--search", "random", "--sampler", "nsga"], ["--search", "all"]])
+def test_an_option_that_the_cluster_would_refuse_is_refused_here(more: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["submit", "roclip-smoke", "defense.every=1,2", *more, "--address", "http://127.0.0.1:1"]) == 1
+    assert more[-2] in capsys.readouterr().err
 
 
 def test_a_password_is_refused_and_not_repeated():
