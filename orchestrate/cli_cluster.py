@@ -135,7 +135,9 @@ def _asked(order: Order, recipes: Sequence[Recipe]) -> str:
 
 
 def _watch(jobs: Jobs, id: str, runs: Path) -> int:
-    """Follow to the end and bring the results."""
+    """Follow to the end and bring the results; those, too, of a sweep that fails because a trial of it did."""
+    from orchestrate import archive
+
     try:
         job = jobs.follow(id, _write)
     except KeyboardInterrupt:
@@ -143,6 +145,8 @@ def _watch(jobs: Jobs, id: str, runs: Path) -> int:
         return 130
     if job.state != "SUCCEEDED":
         print(f"antidote: job {id} {job.state.lower()}: {' '.join(job.message.split())[-500:]}", file=sys.stderr)
+        if job.state == "FAILED" and archive.places(jobs.log(id)):
+            _pull(jobs, job, runs)
         return 1
     return _pull(jobs, job, runs)
 

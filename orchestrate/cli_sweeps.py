@@ -84,10 +84,14 @@ def _sweep(args: argparse.Namespace, source: Source) -> None:
     space = axes.read({name: source(name) for name in asking.recipes}, asking.words)
     if args.dry:
         return _list(asking, space)
+    from orchestrate import sweepdir
     from orchestrate.sweep import run_sweep
 
     folder = run_sweep(asking, space, fresh=not args.resume)
     print(f"sweep: {folder}")
+    trials = sweepdir.events(folder).values()
+    if failed := sum(trial.state == sweepdir.FAILED for trial in trials):
+        raise RuntimeError(f"{failed} of {len(trials)} trials failed; {folder / sweepdir.TRIALS} says of what. The others are kept.")
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from orchestrate import cli, cli_sweeps, sweepdir
-from orchestrate.sweepdir import Asking, Options
+from orchestrate import cli, cli_cluster, cli_sweeps, sweepdir
+from orchestrate.sweepdir import Asking, Event, Options
 
 WORDS = ("defense.every=1,2", "seed=0..2")
 STORED = Asking("frequency", ("roclip-smoke",), WORDS, Options(search="random", samples=3, concurrent=2))
@@ -59,3 +62,43 @@ def test_without_options_a_sweep_has_the_defaults_that_its_help_names(capsys: py
         assert f"(default: {getattr(Options(), name)})" in text
     drawn = asked("roclip-smoke", *WORDS, "--search", "optuna", "--samples", "4", "--seed", "7", "--sampler", "nsga", "--asha")
     assert drawn.options == Options(search="optuna", samples=4, seed=7, sampler="nsga", asha="zeroshot/top1")
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "verdict"),
+    [
+        (["done", "done"], 0, "finished"),
+        (["done", "failed"], 1, "finished"),
+        (["skipped", "failed"], 1, "finished"),
+        (["failed", "failed"], 1, "failed"),
+        (["stopped", "skipped"], 0, "finished"),
+        ([], 0, "finished"),
+    ],
+)
+def test_a_sweep_says_at_its_end_that_trials_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], states: list[str], code: int, verdict: str
+):
+    sweepdir.begin(tmp_path, STORED, "00", [])
+    for i, state in enumerate(states):
+        sweepdir.note(tmp_path, Event(str(i), state))
+    monkeypatch.setitem(sys.modules, "orchestrate.sweep", SimpleNamespace(run_sweep=lambda *_, **__: tmp_path))
+    assert cli.main(["sweep", "roclip-smoke", *WORDS]) == code
+    out, err = capsys.readouterr()
+    assert out == f"sweep: {tmp_path}\n", "what a job's results are found by is said before"
+    assert (f"{states.count('failed')} of 2 trials failed; {tmp_path}/trials.jsonl" in err) is bool(code)
+    assert sweepdir.verdict(sweepdir.events(tmp_path).values()) == verdict
+
+
+@pytest.mark.parametrize(
+    ("state", "log", "brought"),
+    [
+        ("FAILED", "sweep: /far/s-sweep-0\n", True),
+        ("FAILED", "no memory\n", False),
+        ("STOPPED", "sweep: /far/s-sweep-0\n", False),
+    ],
+)
+def test_the_results_of_a_sweep_with_failed_trials_come_back(tmp_path: Path, state: str, log: str, brought: bool):
+    job, pulled = SimpleNamespace(id="a", state=state, message="exit code 1"), []
+    jobs: Any = SimpleNamespace(follow=lambda *_: job, log=lambda _: log, pull=lambda places, *_: pulled.append(places) or [])
+    assert cli_cluster._watch(jobs, "a", tmp_path) == 1
+    assert pulled == [["/far/s-sweep-0"]] * brought
