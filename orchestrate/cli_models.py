@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrate import recipe_file
 from orchestrate.recipe import METHODS, from_dict, parse_overrides
+from orchestrate.values import coerce
 
 Verb = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]
 
@@ -66,7 +67,7 @@ def _certify(args: argparse.Namespace) -> None:
     tree = recipe_file.found(Path(own), METHODS) if own else {}
     kept = {key: value for key, value in tree.items() if key not in METHODS}  # neither has a part in it, so no code of theirs is loaded
     recipe = from_dict({"name": "certify", **kept}, overrides).recipe
-    settings = certificates.Settings(args.max, args.k, args.radius, args.shards)
+    settings = certificates.Settings(args.max, args.k, coerce(args.radius, float, "--radius"), args.shards)
     found = certificates.certify_checkpoint(checkpoint, args.model, recipe, settings)
     for line in certificates.lines(found):
         print(line)

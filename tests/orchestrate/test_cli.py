@@ -220,6 +220,13 @@ def test_eval_reads_data_and_recipe_from_the_words_it_is_given(here, capsys):
     assert "unknown key 'evaluate.bach'" in refused(capsys, "eval", "x", "evaluate.bach=3")
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(("words", "option"), [(("certify", "no-checkpoint"), "--radius"), (("audit", "data=nowhere.csv"), "--copy-gb")])
+def test_an_option_takes_no_number_that_is_none(here, capsys, words, option, value):
+    """Before a checkpoint or a set is looked for: neither is there."""
+    assert f"{option}={value}: a number is wanted" in refused(capsys, *words, f"{option}={value}")
+
+
 @pytest.mark.parametrize("words", [["seed=1", "--out", "a"], ["--out", "a", "seed=1"], ["seed=1", "--out", "a", "data.side=32"]])
 def test_overrides_may_stand_before_and_after_an_option(here, capsys, words):
     assert "seed is given twice ('5' and '1')" in refused(capsys, "poison", "clip", "seed=5", *words)
