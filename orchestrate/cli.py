@@ -15,7 +15,7 @@ from orchestrate.recipe import Recipe, Resolved, flatten, from_dict, parse_overr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 what the user can mend (one message on stderr), 130 interrupted."""
+    """Exit code: 0 done, 1 what the user can mend (one message on stderr), 130 interrupted, by Ctrl-C or SIGTERM."""
     args = parsed(argv)
     if not getattr(args, "verb", None):
         _parser().print_help()

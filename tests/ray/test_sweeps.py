@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,12 @@ def test_a_killed_sweep_goes_on_and_pays_nothing_twice(antidote: Antidote) -> No
     done = store.execute("select count(*) from runs where status = 'FINISHED' and run_uuid != ?", parent).fetchone()
     assert done == (3,)
     assert "train.batch" in (folder / "report.html").read_text()
+
+
+def test_a_sweep_told_to_end_ends_as_by_ctrl_c(antidote: Antidote) -> None:
+    process = antidote.start("sweep", *WORDS, "track.uri=none")
+    antidote.until(lambda: any('"running"' in f.read_text() for f in antidote.runs.glob("*-sweep-*/trials.jsonl")), process, 240)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "goes on from the last checkpoint" in err
+    assert "SIGTERM received" not in err, "the stack of Ray's library in C++"
