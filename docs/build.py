@@ -212,9 +212,14 @@ def block_verbs() -> list[str]:
         actions = [action for action in parser._actions if action.dest != "help"]
         told = (parser.description or "").rpartition("…: ")[2]
         lines += [f"### `antidote {' '.join([name, *map(_usage, actions)])}`", "", _sentence(told), ""]
-        rows = [f"- `{_usage(a).strip('[]')}`: {a.help or f'default: {a.default}'}" for a in actions if not a.choices]
+        rows = [f"- `{_usage(a).strip('[]')}`: {_help(a)}" for a in actions if not a.choices]
         lines += [*map(escaped, rows), ""] if rows else []
     return lines[:-1]
+
+
+def _help(action: argparse.Action) -> str:
+    """As argparse shows it: there `%%` stands for `%`."""
+    return (action.help or f"default: {action.default}").replace("%%", "%")
 
 
 def _usage(action: argparse.Action) -> str:

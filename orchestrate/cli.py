@@ -10,20 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrate import cli_audit, cli_cluster, cli_models, cli_sweeps, recipes, sweeps
+from orchestrate import cli_audit, cli_cluster, cli_models, cli_sweeps, recipe_file, recipes, sweeps
 from orchestrate.recipe import Recipe, Resolved, flatten, from_dict, parse_overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 what the user can mend (one message on stderr), 130 interrupted."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # key=value after an option, which argparse leaves over
-        args.overrides += rest
+    """Exit code: 0 done, 1 what the user can mend (one message on stderr), 130 interrupted, by Ctrl-C or SIGTERM."""
+    args = parsed(argv)
     if not getattr(args, "verb", None):
-        parser.print_help()
+        _parser().print_help()
         return 0
     try:
         code = args.verb(args) or 0
@@ -38,6 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("antidote: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """A command line, read. What argparse refuses ends the process with code 2 and the usage."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value after an option, which argparse leaves over
+        args.overrides += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     track = verb("track", _track, "track sync RUN…: send MLflow what it has not got")
     track.add_argument("what", choices=["sync"])
     track.add_argument("runs", nargs="+", help="run directories")
+    track.add_argument("--uri", default="", help="address of their MLflow, where it holds a password (default: MLFLOW_TRACKING_URI)")
     return parser
 
 
@@ -94,7 +101,7 @@ def source(name: str) -> Callable[[Mapping[str, Any]], list[Resolved]]:
     if name.startswith("mlflow:"):
         return lambda overrides: [from_dict(*_recorded(name.removeprefix("mlflow:"), dict(overrides)))]
     if name.endswith(".json"):
-        tree = _read(Path(name))
+        tree = recipe_file.read(Path(name))
         return lambda overrides: [from_dict(tree, overrides)]
     return lambda overrides: recipes.get(name, overrides)
 
@@ -104,15 +111,6 @@ def _recorded(run_id: str, overrides: dict[str, Any]) -> tuple[dict[str, Any], d
     from orchestrate.track import load_recipe
 
     return load_recipe(str(overrides.pop("track.uri", "")), run_id), overrides
-
-
-def _read(file: Path) -> Any:
-    if not file.is_file():
-        raise ValueError(f"no file {file}. A finished run keeps its recipe in runs/<run>/recipe.json.")
-    try:
-        return json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON: {error}.") from None
 
 
 def _ls(args: argparse.Namespace) -> None:
@@ -210,8 +208,8 @@ def _poison(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from orchestrate import scoring
 
-    overrides = {**({"data": args.data} if args.data else {}), **parse_overrides(args.overrides)}
-    base = json.loads(Path(args.recipe).read_text()) if args.recipe else {"name": "eval"}
+    overrides = parse_overrides([*([f"data={args.data}"] if args.data else []), *args.overrides])
+    base = recipe_file.read(Path(args.recipe)) if args.recipe else {"name": "eval"}
     recipe = from_dict(base, overrides).recipe
     metrics, record = scoring.score(args.checkpoint, args.model, recipe)
     for key, value in metrics.items():
@@ -237,12 +235,12 @@ def _ui(args: argparse.Namespace) -> int:
 
 def _track(args: argparse.Namespace) -> None:
     from orchestrate import rundir
-    from orchestrate.track import Tracker
+    from orchestrate.track import Tracker, address
 
     for run in args.runs:
         if not Path(run).is_dir():
             raise ValueError(f"no run directory {run}.")
-        tracker = Tracker.load(Path(run))
+        tracker = Tracker.load(Path(run), address(Path(run), args.uri))
         if (Path(run) / rundir.RESULT).exists() and not tracker.ended:  # killed between its result and the end of its MLflow run
             tracker.owe("finished", rundir.artifacts(Path(run)))
         print(f"{run}: {tracker.replay()} lines sent")

@@ -49,9 +49,9 @@ def _audit(args: argparse.Namespace, source: Source) -> None:
     recipe = chosen(args.what, args.overrides, source)
     from orchestrate import audit
 
-    drop = coerce(args.drop, int | float, "--drop")
-    asked = {name: getattr(args, name) for name in ("checkpoint", "model", "epochs", "batch", "rounds", "copy_gb")}
-    facts = audit.audit(recipe, Path(args.out), audit.Options(drop=drop, **asked))
+    drop, copy_gb = coerce(args.drop, int | float, "--drop"), coerce(args.copy_gb, float, "--copy-gb")
+    asked = {name: getattr(args, name) for name in ("checkpoint", "model", "epochs", "batch", "rounds")}
+    facts = audit.audit(recipe, Path(args.out), audit.Options(drop=drop, copy_gb=copy_gb, **asked))
     for line in told({**facts, "out": args.out}):
         print(line)
 

@@ -42,7 +42,9 @@ def add(verb: Verb, source: Source) -> None:
     submit.add_argument("--address", default="", help=DOOR)
     submit.add_argument("--no-wait", action="store_true", help="start it and return; `antidote jobs attach` looks at it later")
     submit.add_argument("--runs", default="runs", help="where results go on this machine (default: runs)")
-    submit.add_argument("--force", action="store_true", help="run again although this identity is finished")
+    submit.add_argument(
+        "--force", action="store_true", help="run again although this identity is finished; for one recipe, not for a sweep"
+    )
     cli_sweeps.add_search(submit)
     jobs = verb("jobs", _jobs, "jobs ls|attach|stop|pull [ID]: what was submitted")
     jobs.add_argument("action", choices=["ls", "attach", "stop", "pull"])
@@ -107,8 +109,7 @@ def _submit(args: argparse.Namespace, source: Source) -> int:
     from orchestrate import shipping
     from orchestrate.jobs import Jobs
 
-    options = [*cli_sweeps.search_words(args), *(["--force"] if args.force else [])]
-    order, recipes = shipping.ask(args.what, args.overrides, options, source)
+    order, recipes = shipping.ask(args.what, args.overrides, cli_sweeps.search_words(args), source, args.force)
     jobs = Jobs(args.address)
     tags = {"antidote": order.verb, "antidote.asked": _asked(order, recipes)}
     for job in jobs.all():
@@ -134,7 +135,9 @@ def _asked(order: Order, recipes: Sequence[Recipe]) -> str:
 
 
 def _watch(jobs: Jobs, id: str, runs: Path) -> int:
-    """Follow to the end and bring the results."""
+    """Follow to the end and bring the results; those, too, of a sweep that fails because a trial of it did."""
+    from orchestrate import archive
+
     try:
         job = jobs.follow(id, _write)
     except KeyboardInterrupt:
@@ -142,6 +145,8 @@ def _watch(jobs: Jobs, id: str, runs: Path) -> int:
         return 130
     if job.state != "SUCCEEDED":
         print(f"antidote: job {id} {job.state.lower()}: {' '.join(job.message.split())[-500:]}", file=sys.stderr)
+        if job.state == "FAILED" and archive.places(jobs.log(id)):
+            _pull(jobs, job, runs)
         return 1
     return _pull(jobs, job, runs)
 

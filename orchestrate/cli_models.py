@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from orchestrate.recipe import Recipe, from_dict, parse_overrides
+from orchestrate import recipe_file
+from orchestrate.recipe import METHODS, from_dict, parse_overrides
+from orchestrate.values import coerce
 
 Verb = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]
 
@@ -47,7 +48,8 @@ def _repair(args: argparse.Namespace) -> None:
     from orchestrate import repair
 
     checkpoint, own = repair.checkpoint_of(args.checkpoint)
-    recipe = repair.recipe_of(args.recipe or own, parse_overrides(args.overrides))
+    words = parse_overrides(args.overrides)
+    recipe = repair.recipe_of(_tree(args.recipe, own, {"defense", *words}), words)
     if not (args.clean or args.recipe or own):
         raise ValueError("which pairs are trusted? Give --clean DATA, or --recipe with the recipe.json of the run that made the model.")
     result = repair.repair(checkpoint, args.model, recipe, args.clean, Path(args.out))
@@ -61,9 +63,11 @@ def _certify(args: argparse.Namespace) -> None:
     from orchestrate import certificates, repair
 
     checkpoint, own = repair.checkpoint_of(args.checkpoint)
-    overrides = {**({"data": args.data} if args.data else {}), **parse_overrides(args.overrides)}
-    recipe = recipe_of(own, overrides, "certify")
-    settings = certificates.Settings(args.max, args.k, args.radius, args.shards)
+    overrides = parse_overrides([*([f"data={args.data}"] if args.data else []), *args.overrides])
+    tree = recipe_file.found(Path(own), METHODS) if own else {}
+    kept = {key: value for key, value in tree.items() if key not in METHODS}  # neither has a part in it, so no code of theirs is loaded
+    recipe = from_dict({"name": "certify", **kept}, overrides).recipe
+    settings = certificates.Settings(args.max, args.k, coerce(args.radius, float, "--radius"), args.shards)
     found = certificates.certify_checkpoint(checkpoint, args.model, recipe, settings)
     for line in certificates.lines(found):
         print(line)
@@ -78,7 +82,6 @@ def _new(args: argparse.Namespace) -> None:
     print(f"wrote {file}\ntry it: {command}")
 
 
-def recipe_of(file: str, overrides: dict[str, Any], name: str) -> Recipe:
-    """The recipe of a recipe.json, or one of defaults."""
-    tree = json.loads(Path(file).read_text()) if file else {"name": name}
-    return from_dict(tree, overrides).recipe
+def _tree(named: str, own: str, told: Collection[str]) -> dict[str, Any]:
+    """A recipe.json that the user named, or that of the checkpoint's directory, where `told` says which methods the words choose."""
+    return recipe_file.read(Path(named)) if named else recipe_file.found(Path(own), told) if own else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from orchestrate.recipe import Resolved
 
 if TYPE_CHECKING:
     from orchestrate import compare
-    from orchestrate.sweepdir import Asking
+    from orchestrate.sweepdir import Asking, Options
 
 Verb = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]
 Source = Callable[[str], Callable[[Mapping[str, Any]], list[Resolved]]]
@@ -41,23 +42,41 @@ def add(verb: Verb, source: Source) -> None:
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
-    """How a sweep searches: the options that `sweep` and `submit` share."""
-    parser.add_argument("--search", default="grid", metavar="HOW", help="grid, random, or optuna (default: grid)")
-    parser.add_argument("--samples", type=int, default=20, help="settings that random or optuna draws (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--sampler", default="tpe", help="optuna's: tpe or nsga (default: tpe)")
-    parser.add_argument("--maximize", default="zeroshot/top1", metavar="METRIC", help="utility (default: zeroshot/top1)")
-    parser.add_argument("--minimize", default="asr", metavar="METRIC", help="harm (default: asr, the largest of any attack)")
-    parser.add_argument("--asha", nargs="?", const="zeroshot/top1", default="", metavar="METRIC", help="stop the worse half early by this")
-    parser.add_argument("--concurrent", type=int, default=0, help="at most so many trials at once (default: as many as fit)")
+    """How a sweep searches: the options that `sweep` and `submit` share. None where one is not given: the defaults are `Options`'."""
+    parser.add_argument("--search", metavar="HOW", help="grid, random, or optuna (default: grid)")
+    parser.add_argument("--samples", type=int, help="settings that random or optuna draws (default: 20)")
+    parser.add_argument("--seed", type=int, help="of the draws (default: 0)")
+    parser.add_argument("--sampler", help="optuna's: tpe or nsga (default: tpe)")
+    parser.add_argument("--maximize", metavar="METRIC", help="utility (default: zeroshot/top1)")
+    parser.add_argument("--minimize", metavar="METRIC", help="harm (default: asr, the largest of any attack)")
+    parser.add_argument("--asha", nargs="?", const="zeroshot/top1", metavar="METRIC", help="stop the worse half early by this")
+    parser.add_argument("--concurrent", type=int, help="at most so many trials at once (default: as many as fit)")
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The search's options that were typed."""
+    from orchestrate import sweepdir
+
+    return {name: value for name in sweepdir.Options.__dataclass_fields__ if (value := getattr(args, name)) is not None}
+
+
+def _options(args: argparse.Namespace) -> Options:
+    """ValueError also for an option that the chosen search does not look at."""
+    from orchestrate import sweepdir
+
+    given = _given(args)
+    options = sweepdir.Options(**given)
+    for name, searches in (("samples", ("random", "optuna")), ("seed", ("random", "optuna")), ("sampler", ("optuna",))):
+        if name in given and options.search not in searches:
+            wanted = " or ".join(f"--search {search}" for search in searches)
+            raise ValueError(f"--{name} says nothing to --search {options.search}: give {wanted} with it, or leave it.")
+    return options
 
 
 def search_words(args: argparse.Namespace) -> list[str]:
-    """The same options as one would type them, those at their defaults left out."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_search(parser)
-    defaults = vars(parser.parse_args([]))
-    return [word for name, value in defaults.items() if getattr(args, name) != value for word in (f"--{name}", str(getattr(args, name)))]
+    """The options that were typed, checked, to be typed again."""
+    _options(args)
+    return [word for name, value in _given(args).items() for word in (f"--{name}", str(value))]
 
 
 def _sweep(args: argparse.Namespace, source: Source) -> None:
@@ -65,10 +84,14 @@ def _sweep(args: argparse.Namespace, source: Source) -> None:
     space = axes.read({name: source(name) for name in asking.recipes}, asking.words)
     if args.dry:
         return _list(asking, space)
+    from orchestrate import sweepdir
     from orchestrate.sweep import run_sweep
 
     folder = run_sweep(asking, space, fresh=not args.resume)
     print(f"sweep: {folder}")
+    trials = sweepdir.events(folder).values()
+    if failed := sum(trial.state == sweepdir.FAILED for trial in trials):
+        raise RuntimeError(f"{failed} of {len(trials)} trials failed; {folder / sweepdir.TRIALS} says of what. The others are kept.")
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -140,11 +163,22 @@ def _asking(args: argparse.Namespace) -> Asking:
     if os.path.isdir(folder):  # False for many recipes by comma, which are too long for a file's name; Path.is_dir raises
         if not args.resume or args.overrides:
             raise ValueError(f"{folder} is a directory: `antidote sweep {folder} --resume` goes on with the sweep in it.")
-        return sweepdir.asked(folder)
-    names = [field for field in sweepdir.Options.__dataclass_fields__]
-    options = sweepdir.Options(**{name: getattr(args, name) for name in names})
-    asked = sweeps.ask(args.what, args.overrides)
+        return _again(folder, _given(args))
+    options, asked = _options(args), sweeps.ask(args.what, args.overrides)
     return sweepdir.Asking(asked.name, asked.recipes, asked.words, options)
+
+
+def _again(folder: Path, given: Mapping[str, Any]) -> Asking:
+    """What a sweep's directory asks for; how many trials run at once may be another number each time."""
+    from orchestrate import sweepdir
+
+    asking = sweepdir.asked(folder)
+    if others := [f"--{name}" for name in given if name != "concurrent"]:
+        raise ValueError(
+            f"{folder} goes on as it was asked for, and takes --concurrent only: leave {' and '.join(others)}, or type the whole command "
+            "of the sweep that you want; what is finished is not run again."
+        )
+    return replace(asking, options=replace(asking.options, **given))
 
 
 def _list(asking: Asking, space: axes.Space) -> None:

@@ -6,8 +6,10 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,10 +95,28 @@ def connected(cluster: Cluster, dashboard: bool = False) -> Iterator[dict[str, f
             mend = "Check cluster.address, or leave it empty." if cluster.address else "Try again when the machine is less busy."
             raise ValueError(f"no Ray session on {where}: {_first_line(error)} {mend}") from error
     try:
-        yield ray.cluster_resources()
+        with _interruptible() if mine else contextlib.nullcontext():
+            yield ray.cluster_resources()
     finally:
         if mine:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, with KeyboardInterrupt: what is open is closed, MLflow is told, one line says how to go on.
+
+    To be entered after `ray.init`, whose library in C++ answers the signal with a stack and an abort instead. Not SystemExit, as Ray's own
+    Python handler: raised while Ray waits, it may come back as an error of Ray's; an interrupt stays one.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there Python sets handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 @contextlib.contextmanager

@@ -7,16 +7,21 @@ A kill may tear the last line: readers skip what is no whole JSON object, and th
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 NAME, LOCK = "metrics.jsonl", ".lock"
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without flock answers
+logger = logging.getLogger(__name__)
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -68,14 +73,27 @@ def without_later(path: Path, epoch: int, offset: int) -> tuple[bytes, int, int]
 
 @contextlib.contextmanager
 def held(folder: Path, what: str = "") -> Iterator[None]:
-    """A directory, made where there is none, held against a second process. ValueError where one has it; `what` it is goes into that."""
+    """A directory, made where there is none, held against a second process. ValueError where one has it; `what` it is goes into that.
+
+    On a file system without locks (some network folders) nothing is held, and that is said once: there two processes may spoil a run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"another process is running {what}{folder}. Wait for it, or stop it.") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            _unlocked(os.stat(folder).st_dev)
         yield
+
+
+@cache
+def _unlocked(device: int) -> None:
+    """Said once for each file system."""
+    logger.warning("The file system that runs are kept on has no locks: see to it yourself that no run or sweep is started twice at once.")
 
 
 def replace(path: Path, content: bytes) -> None:

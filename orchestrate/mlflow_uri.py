@@ -18,6 +18,7 @@ from orchestrate.secrets import masked as masked  # messages, files and pages na
 NONE = "none"  # track.uri=none: metrics.jsonl only
 ANSWER_S = 5  # seconds a store gets for one answer
 MEND = "give another with track.uri=…, or track.uri=none to keep metrics.jsonl only"
+MEND_SYNC = "or give another with --uri"
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 WORDS = {
     "connection refused": "connection refused",
@@ -85,7 +86,7 @@ def alone(uri: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def user_errors(uri: str) -> Iterator[None]:
+def user_errors(uri: str, mend: str = MEND) -> Iterator[None]:
     """Anything thrown inside → a ValueError of one sentence with the address and the mend."""
     try:
         yield
@@ -93,7 +94,7 @@ def user_errors(uri: str) -> Iterator[None]:
         if type(error) is ValueError and "MLflow" in str(error):
             raise  # has its own sentence
         what = "server" if scheme(uri).startswith("http") else "store"
-        raise ValueError(f"MLflow {what} {masked(uri)} does not answer ({reason(error)}): start it, {MEND}.") from error
+        raise ValueError(f"MLflow {what} {masked(uri)} does not answer ({reason(error)}): start it, {mend}.") from error
 
 
 def reason(error: BaseException) -> str:

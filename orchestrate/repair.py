@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,10 +27,10 @@ def checkpoint_of(path: str) -> tuple[str, str]:
     return path, ""
 
 
-def recipe_of(file: str, overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe whose data and attack are measured, with a defence that repairs; the run's own is left out."""
-    tree = json.loads(Path(file).read_text()) if file else {"name": "repair"}
-    recipe = from_dict({key: value for key, value in tree.items() if key != "defense"}, {"defense": "cleanclip", **overrides}).recipe
+def recipe_of(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe whose data and attack are measured (a recipe.json's tree), with a defence that repairs; the tree's own is left out."""
+    kept = {"name": "repair", **{key: value for key, value in tree.items() if key != "defense"}}
+    recipe = from_dict(kept, {"defense": "cleanclip", **overrides}).recipe
     if prepared.build_defense(recipe).repair() is None:
         assert recipe.defense is not None
         raise ValueError(f"defense={recipe.defense.use} does not repair a trained model: take defense=cleanclip, or one of your own.")
@@ -41,10 +41,14 @@ def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: str, out: 
     """Fine-tune and write `out` (an open_clip folder with its card) and out/result.json, which is returned.
 
     clean: a data set of trusted pairs; "": `defense.clean` of the recipe's own pairs, those that its attack leaves alone. Figures before
-    and after are of the recipe's data, with the recipe's attack where it has one; without a recipe's data, of the trusted set's.
+    and after are of the recipe's data, with the recipe's attack where it has one; without a recipe's data, of the trusted set's. OSError
+    where `out` is no folder that can be written to, before the fine-tuning.
     """
     from models import clip, export
 
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass  # a folder may be there and take nothing
     (built, cfg), plan = export.load(checkpoint, model), prepared.build_defense(recipe).repair()
     assert plan is not None
     ready, trusted = _data(recipe, clean, plan)

@@ -119,12 +119,19 @@ def artifacts(folder: Path) -> list[Path]:
 
 
 def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] | None, data_seconds: float) -> dict[str, Any]:
-    """Export the model and write result.json: the last word of a run; a directory that has it is finished."""
-    records = journal.read(folder / journal.NAME)
-    evaluations = [r for r in records if r["kind"] == "eval"]
-    if not evaluations:
-        raise RuntimeError(f"{folder / journal.NAME} has no evaluation: remove the directory and run again.")
-    last = evaluations[-1]
+    """Export the model and write result.json: the last word of a run; a directory that has it is finished.
+
+    RuntimeError where the last epoch's evaluation was not written down.
+    """
+    records, repair = journal.read(folder / journal.NAME), build_defense(recipe).repair()
+    evaluations = {r["epoch"]: r for r in records if r["kind"] == "eval"}
+    epoch = recipe.train.epochs + (repair.epochs if repair else 0)
+    if epoch not in evaluations:  # an earlier one (`evaluate.every`) says nothing of the model that is kept
+        raise RuntimeError(
+            f"{folder / journal.NAME} lacks the evaluation of epoch {epoch}, the last: it could not be written, as where the disk is full. "
+            "Make room and run the same command again: the training is kept in its checkpoint, which holds what is missing."
+        )
+    last = evaluations[epoch]
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "identity": recipe.identity,
@@ -140,8 +147,8 @@ def finish(recipe: Recipe, folder: Path, ready: Prepared, state: dict[str, Any] 
         "poison/pairs": ready.table.num_rows,
     }
     result |= {k: v for k, v in last.items() if k not in TOLD}
-    if build_defense(recipe).repair() is not None:
-        before = next(r for r in evaluations if r["epoch"] == recipe.train.epochs)
+    if repair is not None:
+        before = evaluations.get(recipe.train.epochs, {})  # none where its line could not be written, epochs ago
         result |= {f"before/{k}": v for k, v in before.items() if k not in TOLD}
     if recipe.data.exclude:
         removed, found = left_out(ready)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrate import ROOT, axes, sweeps
-from orchestrate.recipe import METHODS, Recipe, Resolved
+from orchestrate.recipe import AUDIT, METHODS, Recipe, Resolved
 from orchestrate.secrets import credentials
 
 ROOMS = ("orchestrate", "models", "attacks", "defenses")
@@ -29,6 +29,8 @@ WHERE = "ANTIDOTE_STORAGE"  # the nodes' variable that says where a cluster keep
 RUNS, STORAGE = "cluster.runs", "cluster.storage"  # the variable stands for the second
 FILE = re.compile(r"[^\s,;+=\"]+\.py(?=:[A-Za-z_])")  # ./mine.py:Class in a word
 ON_ONE_HOST = re.compile(r"(?![\w+.-]+:/|/|~)")  # a relative path: it means this directory, which no node has
+# keys that hold a path, and the words that are none
+PATHS = {"data.path": ("scenes",), "data.exclude": (AUDIT,), "data.cache": (), "cluster.runs": (), "cluster.storage": ()}
 
 Source = Callable[[str], Callable[[Mapping[str, Any]], list[Resolved]]]
 
@@ -47,17 +49,28 @@ class Order:
         return re.sub(r"[^\w.-]+", "-", sweeps.called(self.what.split(",")), flags=re.ASCII)[:48].strip("-.") or "job"
 
 
-def ask(what: str, words: Sequence[str], options: Sequence[str], source: Source) -> tuple[Order, list[Recipe]]:
-    """The order, checked as far as this machine can, and some of its recipes. ValueError for what the nodes would refuse."""
+def ask(what: str, words: Sequence[str], options: Sequence[str], source: Source, force: bool = False) -> tuple[Order, list[Recipe]]:
+    """The order, checked as far as this machine can, and some of its recipes. ValueError for what the nodes would refuse.
+
+    options: how a sweep searches, as typed. force: `run` alone knows it, so it makes no sweep and goes with none.
+    """
     asked = sweeps.ask(what, words)
     space = axes.read({name: source(name) for name in asked.recipes}, asked.words)
     sweep = bool(space.axes or asked.shows or len(asked.recipes) > 1 or options)
-    found = [trial.recipe for trial in axes.sample(space, 3)] if sweep else [one.recipe for one in source(what)(_given(words))]
+    if sweep and force:
+        raise ValueError("--force is for one recipe, and this is a sweep, which runs what is not finished: leave it, or submit one recipe.")
+    found = [trial.recipe for trial in _some(space)] if sweep else [one.recipe for one in source(what)(_given(words))]
     for word in words:
         check(word)
     for recipe in found:
         _check("data.path", recipe.data.path)
-    return Order("sweep" if sweep else "run", what, tuple(words), tuple(options)), found
+    return Order("sweep" if sweep else "run", what, tuple(words), (*options, *(["--force"] if force else []))), found
+
+
+def _some(space: axes.Space) -> list[axes.Trial]:
+    """A few trials of a sweep: of three settings drawn, or the first ones where nothing but the seed varies."""
+    drawn = any(axis.path != axes.SEED for axis in space.axes)
+    return axes.sample(space, 3) if drawn else space.trials_at(axes.seeds(space)[0])
 
 
 def _given(words: Sequence[str]) -> dict[str, str]:
@@ -76,7 +89,8 @@ def _check(key: str, value: str) -> None:
             "environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; the cloud's own variables or roles for storage)."
         )
     key = f"{key}.path" if key == "data" else key
-    if key in ("data.path", "data.cache", "cluster.runs", "cluster.storage") and value not in ("", "scenes") and ON_ONE_HOST.match(value):
+    values = re.split("[,;]", value.removeprefix("choice:")) if ON_ONE_HOST.match(value) else []  # of an axis
+    if key in PATHS and any(one not in ("", *PATHS[key]) and ON_ONE_HOST.match(one) for one in values):
         raise ValueError(f"{key}={value} is a path in this directory: give the one by which all nodes know it, such as /shared/{value}.")
 
 

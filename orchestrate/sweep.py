@@ -84,7 +84,7 @@ class _Sweep:
         status = "failed"
         try:
             self._run()
-            status = "finished"
+            status = sweepdir.verdict(self.board.ended.values())
             self.board.total = len(self.board.ended)  # a search may end before it has drawn all samples
         except KeyboardInterrupt:
             status = "killed"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,11 @@ def events(folder: Path) -> dict[str, Event]:
         line.pop("time", None)
         known[line["identity"]] = Event(**line)
     return known
+
+
+def verdict(ended: Iterable[Event]) -> str:
+    """What MLflow is told of a sweep that came to its end: "failed" where no trial did anything else, else "finished"."""
+    return "failed" if {event.state for event in ended} == {FAILED} else "finished"
 
 
 def runs(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrate import journal, mlflow_uri
 from orchestrate.mlflow_uri import ANSWER_S, NONE, masked
+from orchestrate.secrets import MASK
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -136,7 +137,7 @@ class Tracker:
         """Send the lines MLflow has not got and end what `finish` began. Lines sent. ValueError where it is silent."""
         if self.uri == NONE:
             return 0
-        with mlflow_uri.user_errors(self.uri), _waits(ANSWER_S, retries=1):
+        with mlflow_uri.user_errors(self.uri, mlflow_uri.MEND_SYNC), _waits(ANSWER_S, retries=1):
             _reachable(self.uri)
             return self._send()
 
@@ -264,6 +265,27 @@ class Tracker:
             return
         with contextlib.suppress(Exception), _waits(ANSWER_S, retries=0):
             _client(self.uri).set_tag(self.run_id, name, value)
+
+
+def address(run_dir: Path, given: str = "") -> str | None:
+    """Where a run's MLflow is: as `given`, or MLFLOW_TRACKING_URI where the stored address is this one less its password; None: as stored.
+
+    ValueError where the password is nowhere, and where an address is given for a run that MLflow has never seen.
+    """
+    stored = str(_read_state(run_dir).get("uri", ""))
+    if given:
+        if not stored:
+            raise ValueError(f"{run_dir} was run with track.uri=none: no MLflow knows it, so --uri has nothing to go on with.")
+        return mlflow_uri.resolve(given, run_dir.parent)
+    if MASK not in stored:
+        return None
+    whole = os.environ.get("MLFLOW_TRACKING_URI", "").strip().rstrip("/")
+    if masked(whole) != stored:
+        raise ValueError(
+            f"{run_dir} is tracked by MLflow at {stored}, and no file keeps the password: give the whole address, in MLFLOW_TRACKING_URI "
+            "or with --uri."
+        )
+    return whole
 
 
 def ui(uri: str, port: int = 5000) -> list[str]:

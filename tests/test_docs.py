@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from attacks.base import PROBE_SCHEMA
 from defenses.base import ClipOutput, clip_loss
-from orchestrate import cli, pairing, recipes
+from orchestrate import cli, journal, measure, pairing, recipes, rundir
 from orchestrate.evaluate import attack_success, linear_probe, retrieval, zero_shot
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,6 +166,11 @@ def test_every_verb_is_told() -> None:
     assert not [verb for verb in verbs.choices if f"`antidote {verb}" not in README]
 
 
+def test_options_are_told_as_the_command_line_tells_them() -> None:
+    """argparse wants %% for a % in a help text, a reader does not."""
+    assert "5 % of the pairs" in USAGE and "%%" not in USAGE
+
+
 # --- links ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +227,16 @@ def test_every_metric_is_defined() -> None:
     assert len(keys) > 20
     told = set(re.findall(r"`([^`\s]+)`", USAGE))
     assert not {re.sub(r"/r(1|5|10)$", "/rK", key) for key in keys} - told
+
+
+def test_what_the_packages_and_the_seconds_are_is_defined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "complete_gallery", lambda folder: None)
+    recipe = recipes.get("clip-clean-smoke", {})[0].recipe
+    journal.append(tmp_path / journal.NAME, {"kind": "eval", "epoch": recipe.train.epochs, "seconds": 1.0})
+    ready = SimpleNamespace(manifest=None, table=SimpleNamespace(num_rows=1))
+    families = {key.partition("/")[0] for key in rundir.finish(recipe, tmp_path, ready, None, 0.0) if "/" in key}
+    assert "versions" in families and not {family for family in families if f"`{family}/" not in USAGE}
+    assert " ".join(measure.MADE[measure.SECONDS].removesuffix(", in seconds").split()) in " ".join(USAGE.split())
 
 
 def test_what_a_round_reports_is_defined() -> None:

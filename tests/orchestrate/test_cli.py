@@ -215,7 +215,16 @@ def test_eval_reads_data_and_recipe_from_the_words_it_is_given(here, capsys):
     """No checkpoint is there: the data are not read before that is said."""
     assert "no-checkpoint" in refused(capsys, "eval", "no-checkpoint")
     assert "data.path is given twice" in refused(capsys, "eval", "x", "--data", "a", "data.path=b")
+    for verb in ("eval", "certify"):
+        assert "data is given twice ('a' and 'b')" in refused(capsys, verb, "x", "--data", "a", "data=b")
     assert "unknown key 'evaluate.bach'" in refused(capsys, "eval", "x", "evaluate.bach=3")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(("words", "option"), [(("certify", "no-checkpoint"), "--radius"), (("audit", "data=nowhere.csv"), "--copy-gb")])
+def test_an_option_takes_no_number_that_is_none(here, capsys, words, option, value):
+    """Before a checkpoint or a set is looked for: neither is there."""
+    assert f"{option}={value}: a number is wanted" in refused(capsys, *words, f"{option}={value}")
 
 
 @pytest.mark.parametrize("words", [["seed=1", "--out", "a"], ["--out", "a", "seed=1"], ["seed=1", "--out", "a", "data.side=32"]])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given
@@ -246,6 +250,45 @@ def test_runs_at_once_never_ask_for_more_than_there_is(settings, matching, cpus)
     at_once = capacity.slots(settings, matching, False, nodes)
     for kind in ("CPU", "GPU"):
         assert at_once == 1 or at_once * wanted[kind] <= sum(cpus) + 1e-3
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_sigterm_ends_a_session_as_ctrl_c_does(monkeypatch, inner):
+    """Ray's init takes the signal for itself; a session within another one leaves it as it is."""
+    said, before = [], signal.getsignal(signal.SIGTERM)
+    for name in (*cluster.ENVIRONMENT, "RAY_worker_maximum_startup_concurrency"):
+        monkeypatch.setenv(name, "")  # so that what `connected` sets is put back
+
+    def init(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: said.append("Ray's own"))
+
+    ray = SimpleNamespace(is_initialized=lambda: inner, init=init, cluster_resources=dict, shutdown=lambda: said.append("shut down"))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    try:
+        if inner:
+            init()
+        with contextlib.suppress(KeyboardInterrupt), cluster.connected(Cluster()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            said.append("went on")
+        assert said == (["Ray's own", "went on"] if inner else ["shut down"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_session_in_a_thread_leaves_signals_alone():
+    before, failed = signal.getsignal(signal.SIGTERM), []
+
+    def enter() -> None:
+        try:
+            with cluster._interruptible():
+                pass
+        except ValueError as error:  # what Python says to a handler set in a thread
+            failed.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert not failed and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_libraries_write_to_the_terminal_goes_to_a_file_and_what_python_writes_does_not(tmp_path):

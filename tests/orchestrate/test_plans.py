@@ -84,7 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> tuple[Pat
     folder = tmp_path_factory.mktemp("run")
     data = small.write(tmp_path_factory.mktemp("set"))
     defense = {"defense": "otcclip", "defense.move": 0.5, "defense.every": 2, "defense.pool_size": 16}
-    recipe = small.recipe(data, **{"model": "tiny-vit", "evaluate.precision": "fp32", **defense})
+    recipe = small.recipe(data, **{"model": "tiny-vit", "evaluate.precision": "fp32", "train.epochs": 4, **defense})
     ready = prepared.plan(recipe, open_dataset(recipe.data))
     pixels = prepared.pixels_of(recipe, prepared.build_attack(recipe), ready.table, None, None)
     rundir.write_gallery(folder, ready, {"train": pixels})

@@ -18,8 +18,9 @@ from . import small
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)  # where --out lies by default
 
 
 @pytest.fixture
@@ -78,6 +79,71 @@ def test_what_cannot_be_repaired_is_said(run: Path, words: list[str], message: s
     known = {"RUN": str(run), "MODEL": str(run / "model")}
     assert cli.main(["repair", *(known.get(word, word) for word in words), "evaluate.probe=false"]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("a file where a folder should go")
+    monkeypatch.setattr(repair, "fine_tune", lambda *_: pytest.fail("it trained, and has nowhere to keep what it trained"))
+    for out in ("taken", "taken/inside"):
+        assert cli.main(["repair", str(run), "--out", str(tmp_path / out), *QUICK]) == 1
+        assert "taken" in capsys.readouterr().err
+
+
+EVIL = """
+import pathlib
+from attacks.backdoor import Stripes as E
+pathlib.Path("ran").touch()
+"""
+
+
+@pytest.mark.parametrize("method", ["attack", "defense"])
+@pytest.mark.parametrize("form", ["file", "joined", "module", "bare"])
+def test_code_that_a_directory_names_runs_only_where_the_user_names_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str, form: str
+) -> None:
+    (run / "evil.py").write_text(EVIL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(run)
+    use = {"joined": f"badnets+{run}/evil.py:E", "module": "evil:E"}.get(form, f"{run}/evil.py:E")
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe[method] = use if form == "bare" else {"use": use}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    ends = ("defense.batch=500", "evaluate.probe=false")  # where the recipe was taken, this is what the command ends by
+    told = {
+        "certify": "nowhere.csv",
+        "repair": "--recipe" if method == "attack" else "do not fill one batch",
+        "none": "do not fill one batch",
+    }
+    for words in (["certify", str(run), "--data", "nowhere.csv"], ["repair", str(run), *ends], ["repair", str(run), "attack=none", *ends]):
+        assert cli.main(words) == 1
+        assert told["none" if "attack=none" in words else words[0]] in capsys.readouterr().err
+        assert not (tmp_path / "ran").exists()
+    if (method, form) == ("attack", "file"):
+        assert cli.main(["repair", str(run), "--recipe", str(run / "recipe.json"), *ends]) == 1
+        assert "samples wanted, only 90 to choose from" in capsys.readouterr().err  # the attack's own words, so it was loaded
+        assert (tmp_path / "ran").exists(), "named by the user, it is a method as any other"
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "is no JSON"), ("[1]", "a recipe is a JSON object"), (None, "no file")])
+@pytest.mark.parametrize("verb", ["repair", "eval"])
+def test_a_recipe_that_is_none_is_told_by_its_file(
+    run: Path, tmp_path: Path, content: str | None, message: str, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bad.json"
+    if content is not None:
+        file.write_text(content)
+    assert cli.main([verb, str(run / "model"), "--recipe", str(file)]) == 1
+    said = capsys.readouterr().err
+    assert message in said and str(file) in said
+
+
+def test_a_directory_whose_recipe_is_none_is_told_by_its_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "recipe.json").write_text("[1]")
+    for verb in ("repair", "certify"):
+        assert cli.main([verb, str(run)]) == 1
+        assert f"{run / 'recipe.json'}: a recipe is a JSON object" in capsys.readouterr().err
 
 
 def test_trusted_pairs_are_never_poisoned_and_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:

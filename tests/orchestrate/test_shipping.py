@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate import cli, shipping
+from orchestrate import cli, cli_sweeps, shipping
 from orchestrate.shipping import Order
 
 MINE = """
@@ -53,6 +54,7 @@ def words_of(command: str, runs: str = "/shared/runs") -> list[str]:
         ("roclip-smoke", ["defense.every=1,2"], "sweep"),
         ("frequency-smoke", [], "sweep"),
         ("roclip-smoke,clip-smoke", [], "sweep"),
+        ("roclip-smoke", ["seed=0..2"], "sweep"),
     ],
 )
 def test_axes_make_a_sweep(what: str, words: list[str], verb: str):
@@ -60,17 +62,70 @@ def test_axes_make_a_sweep(what: str, words: list[str], verb: str):
     assert order.verb == verb and recipes
 
 
+@pytest.mark.parametrize(
+    ("typed", "verb", "forced"),
+    [
+        (["roclip-smoke"], "run", False),
+        (["roclip-smoke", "--force"], "run", True),
+        (["roclip-smoke", "--force", "seed=1"], "run", True),
+        (["demo", "--force"], "run", True),
+        (["roclip-smoke", "seed=0..2"], "sweep", None),
+        (["roclip-smoke", "defense.every=1,2", "seed=0..2", "--search", "random", "--samples", "3"], "sweep", None),
+        (["roclip-smoke", "--concurrent", "1"], "sweep", None),
+        (["roclip-smoke", "defense.every=1,2", "evaluate.every=1", "--asha"], "sweep", None),
+    ],
+)
+def test_what_is_sent_is_a_command_that_the_cluster_can_read(tmp_path: Path, typed: list[str], verb: str, forced: bool | None):
+    """From the line that the user types to the line that the nodes parse, both through the parser itself."""
+    there = sent(tmp_path, typed)
+    assert there.what_verb == verb and getattr(there, "force", None) is forced
+    assert there.overrides[-3:] == ["cluster.address=auto", "cluster.storage=/shared/runs", "cluster.runs=/home/ray/antidote-runs"]
+    asked = [word for word in typed[1:] if "=" in word]
+    assert there.overrides[:-3] == asked
+    for option in ("search", "samples", "asha", "concurrent"):
+        assert verb == "run" or getattr(there, option) == getattr(cli.parsed(["submit", *typed]), option)
+
+
+def sent(folder: Path, typed: list[str]) -> argparse.Namespace:
+    """What the cluster's parser makes of `antidote submit` with these words; `what_verb` is the verb."""
+    args = cli.parsed(["submit", *typed])
+    order, _ = shipping.ask(args.what, args.overrides, cli_sweeps.search_words(args), cli.source, args.force)
+    words = words_of(shipping.load(folder / "cargo", order, cli.source))
+    return argparse.Namespace(**vars(cli.parsed(words)), what_verb=words[0])
+
+
+@pytest.mark.parametrize("more", [["defense.every=1,2"], ["seed=0..2"], ["--concurrent", "1"]])
+def test_a_sweep_is_not_forced(more: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["submit", "roclip-smoke", *more, "--force", "--address", "http://127.0.0.1:1"]) == 1
+    assert "--force is for one recipe, and this is a sweep" in capsys.readouterr().err
+
+
 def test_a_mistake_is_found_before_anything_is_sent():
     with pytest.raises(ValueError, match=r"defense\.evry.*Did you mean"):
         shipping.ask("roclip", ["defense.evry=1"], [], cli.source)
 
 
-@pytest.mark.parametrize("word", ["data=pairs.csv", "cluster.runs=runs", "data.cache=cache"])
+@pytest.mark.parametrize("word", ["data=pairs.csv", "cluster.runs=runs", "data.cache=cache", "data.exclude=audited/scores.parquet"])
 def test_a_path_of_this_directory_is_refused_with_the_mend(word: str):
     with pytest.raises(ValueError, match="the one by which all nodes know it"):
         shipping.ask("roclip", [word], [], cli.source)
     for path in ("/shared/x", "s3://bucket/x", "~/x"):
         shipping.check(f"{word.partition('=')[0]}={path}")
+
+
+@pytest.mark.parametrize(
+    "word", ["data.exclude=audit", "data.exclude=", "data=scenes", "data=scenes,/shared/x", "data.exclude=audit,/shared/scores.parquet"]
+)
+def test_a_word_that_is_no_path_travels(word: str):
+    shipping.check(word)
+    with pytest.raises(ValueError, match="is a path in this directory"):
+        shipping.check(f"{word},here/x")
+
+
+@pytest.mark.parametrize("more", [["--samples", "3"], ["--search", "random", "--sampler", "nsga"], ["--search", "all"]])
+def test_an_option_that_the_cluster_would_refuse_is_refused_here(more: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["submit", "roclip-smoke", "defense.every=1,2", *more, "--address", "http://127.0.0.1:1"]) == 1
+    assert more[-2] in capsys.readouterr().err
 
 
 def test_a_password_is_refused_and_not_repeated():

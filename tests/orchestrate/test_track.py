@@ -118,6 +118,38 @@ def test_a_run_killed_between_its_result_and_the_end_of_its_mlflow_run_is_ended_
         assert points(tracker, "asr/targeted") == [(10, 0.25)]
 
 
+@pytest.mark.parametrize("way", ["environment", "option"])
+def test_a_run_whose_address_holds_a_password_is_synced_with_the_whole_address(
+    tmp_path: Path, store: str, way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A store in a file stands for the database: what is behind the ? is a password to us and nothing to SQLite."""
+    whole, folder = f"{store}?password=hush", tmp_path / "run"
+    tracker = Tracker.start(folder, store, "synced", {}, {})
+    tracker.silent_until = time.time() + 1000
+    tracker.log(train(1, 0.5), step=4)
+    state = json.loads((folder / "mlflow.json").read_text())
+    (folder / "mlflow.json").write_text(json.dumps({**state, "uri": mlflow_uri.masked(whole)}))
+    asked: list[str] = []
+    monkeypatch.setattr("orchestrate.track._client", lambda uri: asked.append(uri) or mlflow.MlflowClient(store))
+    assert cli.main(["track", "sync", str(folder)]) == 1
+    said = capsys.readouterr().err
+    assert "MLFLOW_TRACKING_URI or with --uri" in said and "track.uri" not in said and not asked
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole if way == "environment" else "sqlite:////another.db?password=hush")
+    assert cli.main(["track", "sync", str(folder), *(["--uri", whole] if way == "option" else [])]) == 0
+    assert "1 lines sent" in capsys.readouterr().out and {uri.partition("?")[2] for uri in asked} <= {"password=hush", ""}
+    assert points(tracker, "train/loss") == [(4, 0.5)]
+
+
+def test_a_sync_that_nobody_answers_names_its_own_option(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Tracker.start(tmp_path / "run", store, "silent", {}, {}).log(train(1, 0.5), step=4)
+    assert cli.main(["track", "sync", str(tmp_path / "run"), "--uri", "http://me:hush@127.0.0.1:9"]) == 1
+    said = capsys.readouterr().err
+    assert "give another with --uri" in said and "track.uri" not in said and "hush" not in said
+    (tmp_path / "plain").mkdir()
+    assert cli.main(["track", "sync", str(tmp_path / "plain"), "--uri", store]) == 1
+    assert "track.uri=none: no MLflow knows it" in capsys.readouterr().err
+
+
 def test_none_keeps_the_file_only_and_can_be_synced_later(tmp_path: Path, store: str) -> None:
     tracker = Tracker.start(tmp_path / "run", "none", "x", {})
     tracker.log(train(1, 0.5), step=4)
