@@ -43,6 +43,6 @@ def plural(name: str) -> str:
     head, blank, last = name.rpartition(" ")
     if many := irregular(last):
         return head + blank + many
-    if name.lower().endswith("y"):
+    if re.search("[^aeiou]y$", name.lower()):
         return f"{name[:-1]}ies"
     return f"{name}es" if name.lower().endswith(("s", "x", "ch", "sh")) else f"{name}s"

@@ -52,7 +52,7 @@ def _repair(args: argparse.Namespace) -> None:
     recipe = repair.recipe_of(_tree(args.recipe, own, {"defense", *words}), words)
     if not (args.clean or args.recipe or own):
         raise ValueError("which pairs are trusted? Give --clean DATA, or --recipe with the recipe.json of the run that made the model.")
-    result = repair.repair(checkpoint, args.model, recipe, args.clean, Path(args.out))
+    result = repair.repair(checkpoint, args.model, recipe, repair.trusted_data(args.clean, words), Path(args.out))
     for line in repair.lines(result):
         print(line)
     print(f"repaired on {result['trusted']}, which this assumes to be free of poison")
@@ -66,6 +66,8 @@ def _certify(args: argparse.Namespace) -> None:
     overrides = parse_overrides([*([f"data={args.data}"] if args.data else []), *args.overrides])
     tree = recipe_file.found(Path(own), METHODS) if own else {}
     kept = {key: value for key, value in tree.items() if key not in METHODS}  # neither has a part in it, so no code of theirs is loaded
+    if {"data", "data.path"} & overrides.keys():
+        kept.pop("data", None)  # its size and split are of the run's own set
     recipe = from_dict({"name": "certify", **kept}, overrides).recipe
     settings = certificates.Settings(args.max, args.k, coerce(args.radius, float, "--radius"), args.shards)
     found = certificates.certify_checkpoint(checkpoint, args.model, recipe, settings)

@@ -14,7 +14,7 @@ import numpy as np
 from defenses.base import Repair
 from orchestrate import prepared, rundir, scoring
 from orchestrate.progress import Phase
-from orchestrate.recipe import Recipe, Train, from_dict
+from orchestrate.recipe import Data, Recipe, Train, from_dict
 
 SHOWN = ("zeroshot/", "probe/top1", "retrieval/r", "asr/")
 
@@ -37,12 +37,23 @@ def recipe_of(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: str, out: Path) -> dict[str, Any]:
+def trusted_data(clean: str, words: Mapping[str, Any]) -> Data | None:
+    """The `data` section of the trusted set, None without one: by the words alone, as the recipe's own (its size, its split, what it
+    leaves out) is of the set that is measured on. ValueError for a word that says the same twice."""
+    if not clean:
+        return None
+    if "defense.clean" in words:
+        raise ValueError("--clean gives the trusted pairs, and defense.clean takes them from the recipe's own: give one of the two.")
+    kept = {key: value for key, value in words.items() if key.startswith("data.") and key != "data.path"}
+    return from_dict({"name": "repair"}, {**kept, "data": clean}).recipe.data
+
+
+def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: Data | None, out: Path) -> dict[str, Any]:
     """Fine-tune and write `out` (an open_clip folder with its card) and out/result.json, which is returned.
 
-    clean: a data set of trusted pairs; "": `defense.clean` of the recipe's own pairs, those that its attack leaves alone. Figures before
-    and after are of the recipe's data, with the recipe's attack where it has one; without a recipe's data, of the trusted set's. OSError
-    where `out` is no folder that can be written to, before the fine-tuning.
+    clean: a data set of trusted pairs (`trusted_data`); None: `defense.clean` of the recipe's own pairs, those that its attack leaves
+    alone. Figures before and after are of the recipe's data, with the recipe's attack where it has one; without a recipe's data, of the
+    trusted set's. OSError where `out` is no folder that can be written to, before the fine-tuning.
     """
     from models import clip, export
 
@@ -59,9 +70,9 @@ def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: str, out: 
     result: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "defense": recipe.defense.use,
-        "trusted": clean or f"{trusted.num_rows:,} pairs of {recipe.data.path} that the attack leaves alone",
+        "trusted": clean.path if clean else f"{trusted.num_rows:,} pairs of {recipe.data.path} that the attack leaves alone",
         "pairs": trusted.num_rows,
-        "data": recipe.data.path if not clean or recipe.attack else clean,
+        "data": recipe.data.path if not clean or recipe.attack else clean.path,
         "attack": recipe.attack.use if recipe.attack else "none",
         "seed": recipe.seed,
         "losses": losses,
@@ -83,13 +94,14 @@ def repair(checkpoint: str, model: str | None, recipe: Recipe, clean: str, out: 
     return result
 
 
-def _data(recipe: Recipe, clean: str, plan: Repair) -> tuple[prepared.Prepared, Any]:
+def _data(recipe: Recipe, clean: Data | None, plan: Repair) -> tuple[prepared.Prepared, Any]:
     """What is measured on, its plan of poison, and the trusted pairs' table (as `attacks.apply` makes it)."""
-    config = recipe.data if not clean or recipe.attack else dataclasses.replace(recipe.data, path=clean)
+    config = recipe.data if not clean or recipe.attack else clean
     ready = prepared.plan(recipe, prepared.readable(dataclasses.replace(recipe, data=config)))
     if not clean:
         return ready, prepared.trusted_rows(ready.table, plan.clean, recipe.seed)
-    given = prepared.readable(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=clean)))
+    every = dataclasses.replace(clean, heldout=0) if recipe.attack else clean  # nobody is measured on its held-out pairs then
+    given = prepared.readable(dataclasses.replace(recipe, data=every))
     return ready, prepared.plan(dataclasses.replace(recipe, attack=None), given).table
 
 

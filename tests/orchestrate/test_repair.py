@@ -66,9 +66,23 @@ def test_a_bare_checkpoint_is_repaired_on_a_set_of_ones_own(tmp_path: Path) -> N
     assert (out / "README.md").read_text().startswith("**Not known to be poisoned**")
 
 
+def test_a_trusted_set_is_read_by_its_own_settings_not_by_those_of_the_set_that_is_measured(run: Path, tmp_path: Path) -> None:
+    tree = json.loads((run / "recipe.json").read_text())
+    tree["data"] |= {"size": 100, "heldout": 40}  # more than half of the trusted pairs
+    (run / "recipe.json").write_text(json.dumps(tree))
+    data, out = small.write(tmp_path / "trusted", train=40), tmp_path / "out"
+    (data / "test.parquet").unlink()
+    assert cli.main(["repair", str(run), "--clean", str(data), "--out", str(out), *QUICK[1:]]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert (result["pairs"], result["before"]["asr/stripes/total"]) == (40, 30)
+    assert cli.main(["certify", str(run), "--data", str(data), "--max", "2", "--out", str(out), "data.heldout=10"]) == 0
+    assert json.loads((out / "certificate.json").read_text())["labelled"] == 30
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["RUN", "--clean", "SET", "defense.clean=30"], "give one of the two"),
         (["MODEL"], "which pairs are trusted"),
         (["RUN", "defense=roclip"], "defense=roclip does not repair"),
         (["RUN", "defense.batch=500"], "do not fill one batch of defense.batch=500"),
