@@ -108,7 +108,7 @@ class Selection(NamedTuple):
 
     safe: np.ndarray  # (N,) bool
     posterior: np.ndarray  # (N,) float32, why: for the record
-    share: float  # of all pairs, before rounding; the trainer keeps it, saves it in checkpoints and hands it to the next split
+    share: float  # of all pairs that are safe; the trainer keeps it, saves it in checkpoints and hands it to the next split
 
 
 class Selector(Protocol):

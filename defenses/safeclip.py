@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -141,12 +142,12 @@ class MixtureSelector:
         """cosine (N,); among equal cosines the earlier row. From `least` to `most` of the pairs are safe, and two in any case."""
         count = len(cosine)
         agrees = posteriors(cosine)
-        share = float((agrees >= self.posterior).mean()) if before is None else before + self.growth
-        share = min(max(share, self.least), self.most)  # as asked for, not as rounded: small sets would never grow
-        wanted = max(2, min(round(share * count), int(self.most * count)))
+        # Rounded up: a small set, of which the growth is less than half a pair, would never grow.
+        wanted = int((agrees >= self.posterior).sum()) if before is None else math.ceil((before + self.growth) * count - 1e-6)
+        wanted = max(2, min(max(wanted, round(self.least * count)), int(self.most * count)))
         safe = np.zeros(count, dtype=bool)
         safe[np.argsort(-cosine, kind="stable")[:wanted]] = True  # the posterior never falls as the cosine rises
-        return Selection(safe, agrees.astype(np.float32), share)
+        return Selection(safe, agrees.astype(np.float32), wanted / count)
 
 
 def posteriors(x: np.ndarray) -> np.ndarray:

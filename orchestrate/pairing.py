@@ -110,7 +110,7 @@ def selection_facts(table: pa.Table, cosine: np.ndarray, selection: Selection) -
     poisoned_safe  safe pairs, of the poisoned ones
     """
     poison, safe = table.column("poison").to_numpy(zero_copy_only=False), selection.safe
-    told: dict[str, Any] = {"pairs": len(safe), "poisoned": int(poison.sum()), "safe": int(safe.sum()), "share": float(safe.mean())}
+    told: dict[str, Any] = {"pairs": len(safe), "poisoned": int(poison.sum()), "safe": int(safe.sum()), "share": selection.share}
     told |= {
         "poison_in_safe": float(poison[safe].mean()),
         "threshold": float(cosine[safe].min()),

@@ -81,11 +81,11 @@ def test_the_safe_set_grows_by_its_share_up_to_its_bound() -> None:
 
 def test_a_small_set_grows_too_though_each_step_is_less_than_a_pair() -> None:
     share, sizes = None, []
-    for _ in range(60):
+    for _ in range(20):
         found = MixtureSelector(posterior=0.9, growth=0.01, most=0.85, least=0.05).split(np.full(45, 0.3, dtype=np.float32), share)
         share = found.share
         sizes.append(int(found.safe.sum()))
-    assert (sizes[0], sizes[-1]) == (2, round(0.64 * 45)) and set(np.diff(sizes)) == {0, 1}
+    assert sizes == list(range(2, 22))
 
 
 @pytest.mark.parametrize("posterior", [0.1, 0.5, 0.9])
