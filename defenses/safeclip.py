@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -142,8 +141,9 @@ class MixtureSelector:
         """cosine (N,); among equal cosines the earlier row. From `least` to `most` of the pairs are safe, and two in any case."""
         count = len(cosine)
         agrees = posteriors(cosine)
-        # Rounded up: a small set, of which the growth is less than half a pair, would never grow.
-        wanted = int((agrees >= self.posterior).sum()) if before is None else math.ceil((before + self.growth) * count - 1e-6)
+        wanted = int((agrees >= self.posterior).sum()) if before is None else round((before + self.growth) * count)
+        if before is not None and self.growth:  # by one pair at least: a small set would never grow
+            wanted = max(wanted, round(before * count) + 1)
         wanted = max(2, min(max(wanted, round(self.least * count)), int(self.most * count)))
         safe = np.zeros(count, dtype=bool)
         safe[np.argsort(-cosine, kind="stable")[:wanted]] = True  # the posterior never falls as the cosine rises
