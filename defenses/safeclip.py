@@ -143,7 +143,7 @@ class MixtureSelector:
         agrees = posteriors(cosine)
         wanted = int((agrees >= self.posterior).sum()) if before is None else round((before + self.growth) * count)
         if before is not None and self.growth:  # by one pair at least: a small set would never grow
-            wanted = max(wanted, round(before * count) + 1)
+            wanted = max(wanted, int(before * count + 1e-6) + 1)
         wanted = max(2, min(max(wanted, round(self.least * count)), int(self.most * count)))
         safe = np.zeros(count, dtype=bool)
         safe[np.argsort(-cosine, kind="stable")[:wanted]] = True  # the posterior never falls as the cosine rises
