@@ -243,7 +243,8 @@ def check_size(recipe: Recipe, table: pa.Table) -> None:
             f"train.batch={train.batch} is smaller than cluster.workers={recipe.cluster.workers} × train.accumulate={train.accumulate}: "
             "each takes at least one pair."
         )
-    defense, kind = build_defense(recipe), type(build_defense(recipe))
+    defense = build_defense(recipe)
+    kind = type(defense)
     if (kind.matcher, kind.selector) != (Defense.matcher, Defense.selector) and not defense.rounds(train.epochs):
         raise ValueError(
             f"train.epochs={train.epochs} end before {kind.__name__} matches or selects any pair: train longer, or shorten what comes "

@@ -100,9 +100,11 @@ def _data(recipe: Recipe, clean: Data | None, plan: Repair) -> tuple[prepared.Pr
     ready = prepared.plan(recipe, prepared.readable(dataclasses.replace(recipe, data=config)))
     if not clean:
         return ready, prepared.trusted_rows(ready.table, plan.clean, recipe.seed)
-    every = dataclasses.replace(clean, heldout=0) if recipe.attack else clean  # nobody is measured on its held-out pairs then
-    given = prepared.readable(dataclasses.replace(recipe, data=every))
-    return ready, prepared.plan(dataclasses.replace(recipe, attack=None), given).table
+    if not recipe.attack:  # the trusted set is what is measured on
+        return ready, ready.table
+    every = dataclasses.replace(clean, heldout=0)  # nobody is measured on its held-out pairs
+    alone = dataclasses.replace(recipe, attack=None, data=every)
+    return ready, prepared.plan(alone, prepared.readable(alone)).table
 
 
 def fine_tune(model: Any, cfg: Mapping[str, Any], plan: Repair, recipe: Recipe, trusted: Any, side: int) -> list[float]:
