@@ -81,6 +81,11 @@ class Manifest:
         """Poisoned pairs as a share of the training set after poisoning."""
         return float(self.header.get("rate", 0.0))
 
+    def part_of(self, identifier: str, stamp: str, other: str) -> str:
+        """Which part planted this pair: its trigger, else the part that its id names; `other` where a clean pair was re-captioned."""
+        names = sorted((part["name"] for part in self.header["parts"]), key=len, reverse=True)  # "a-b" before "a"
+        return trigger_of(stamp) or next((name for name in names if identifier.startswith(f"poison-{name}-")), other)
+
     def write(self, path: str) -> None:
         """Parquet with the header in the schema metadata; the same plan gives the same bytes."""
         meta = {b"antidote": json.dumps(self.header, sort_keys=True).encode()}

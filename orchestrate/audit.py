@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attacks.base import ranks, trigger_of
+from attacks.base import ranks
 from defenses import duplicates
 from defenses.detect import BATCH, FAMILIES, SCORES, K, combine
 from orchestrate import audit_cause, audit_clean, audit_model, audit_page, audit_scores, cluster, journal, prepared
@@ -128,10 +128,10 @@ def _found(recipe: Recipe, options: Options, out: Path, dataset: Dataset, images
     ready = planned(recipe, dataset, images)
     table, parts = ready.table, [""] * ready.table.num_rows
     if ready.manifest:
-        names = sorted((part["name"] for part in ready.manifest.header["parts"]), key=len, reverse=True)
-        bare = names[0] if len(names) == 1 else "swapped"  # pairs with neither a trigger nor an id of the attack's: captions swapped
+        names = [part["name"] for part in ready.manifest.header["parts"]]
+        swapped = names[0] if len(names) == 1 else "swapped"
         rows = zip(table["id"].to_pylist(), table["stamp"].to_pylist(), table["poison"].to_pylist(), strict=True)
-        parts = [(trigger_of(s) or next((n for n in names if i.startswith(f"poison-{n}-")), bare)) if bad else "" for i, s, bad in rows]
+        parts = [ready.manifest.part_of(name, stamp, swapped) if bad else "" for name, stamp, bad in rows]
     elif dataset.carved:
         table = pa.concat_tables([table, prepared.unpoisoned(dataset.heldout, recipe.seed)])
         parts = [""] * table.num_rows

@@ -225,10 +225,8 @@ def write_gallery(folder: Path, ready: Prepared, pixels: dict[str, Pixels]) -> N
     groups: dict[str, list[int]] = {}
     kinds = {}
     if ready.manifest:
-        names = sorted((part["name"] for part in ready.manifest.header["parts"]), key=len, reverse=True)
         for row in ready.manifest.table.to_pylist():
-            part = trigger_of(row["stamp"]) or next((name for name in names if row["id"].startswith(f"poison-{name}-")), row["kind"])
-            kinds[row["id"]] = (row["kind"], row["truth"], part)
+            kinds[row["id"]] = (row["kind"], row["truth"], ready.manifest.part_of(row["id"], row["stamp"], row["kind"]))
     for i, name in enumerate(ids):
         groups.setdefault(kinds[name][2] if name in kinds else "", []).append(i)
     rows = []
