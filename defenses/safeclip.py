@@ -37,9 +37,10 @@ class SafeCLIP(Augmented):
         most: largest share of all pairs that is safe (paper .85).
     Limits: honest pairs that agree badly teach their captions late or never. If an attack is learnt in the bridge already, its
         pairs are the ones that agree best: raise warmup, or lower slow. Differs from the released code: pairs of equal neighbours
-        are no negatives of each other; a pair that agrees better never has the smaller posterior, whatever the two variances; ranks
-        are by cosine; the safe share is in the checkpoint, and the latest pairs' features too; the epoch takes the risky pairs
-        first, then the safe ones, with one mixed batch between.
+        are no negatives of each other (so rows that all choose one neighbour lose nothing, and only the pool's variety keeps them
+        from it); a pair that agrees better never has the smaller posterior, whatever the two variances; ranks are by cosine;
+        the safe share is in the checkpoint, and the latest pairs' features too; the epoch takes the risky pairs first, then the safe
+        ones, with one mixed batch between.
     """
 
     warmup: int = 5
