@@ -144,14 +144,18 @@ SAFE: Layer = {
     **{"defense.pool_size": 0.1, "defense.growth": 0.02},
 }
 
+# Of 4,000 scenes in 14 epochs: after two CLIP epochs a model knows backgrounds only, its safe pairs are those whose captions name one,
+# and the classes are hardly learnt (19 % zero-shot). After eight it ends at matching's accuracy (46 %), where the two can be compared.
+LATE: Layer = {"defense.bridge": 8, "defense.growth": 0.05}
+
 
 def _tuned() -> dict[tuple[str, str], Layer]:
     found: dict[tuple[str, str], Layer] = {("safeclip", "smoke"): {**SAFE, "defense.bridge": 1}}
     for scale in ("smoke", "quick", "small"):
         found |= {(method, scale): VIEWS for method in ("augmented", "roclip", "otcclip")}
         found[("cleanclip", scale)] = {**VIEWS, **REPAIR}
+    found |= {("safeclip", "quick"): {**SAFE, **LATE}, ("safeclip", "small"): SAFE}
     for scale in ("quick", "small"):
-        found[("safeclip", scale)] = SAFE
         found[("roclip", scale)] = {**VIEWS, **MOVE}
         # beta: a second view of every batch doubles what a step costs.
         found[("otcclip", scale)] = {**VIEWS, **MOVE, "defense.beta": 0.0}
