@@ -83,8 +83,8 @@ class Manifest:
 
     def part_of(self, identifier: str, stamp: str, other: str) -> str:
         """Which part planted this pair: its trigger, else the part that its id names; `other` where a clean pair was re-captioned."""
-        names = sorted((part["name"] for part in self.header["parts"]), key=len, reverse=True)  # "a-b" before "a"
-        return trigger_of(stamp) or next((name for name in names if identifier.startswith(f"poison-{name}-")), other)
+        named = (part["name"] for part in self.header["parts"] if identifier.startswith(f"poison-{part['name']}-"))
+        return trigger_of(stamp) or max(named, key=len, default=other)  # "a-b" rather than "a"
 
     def write(self, path: str) -> None:
         """Parquet with the header in the schema metadata; the same plan gives the same bytes."""
