@@ -50,16 +50,31 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def marked(mark: str) -> list[int]:
-    """Processes whose environment holds the mark: the cluster's, whoever their parent is by now."""
+def living(mark: str, folder: str) -> list[int]:
+    """The cluster's processes, whoever their parent is by now: the mark is in their environment, or they hold a file below the folder.
+
+    Ray's workers write their title over their environment.
+    """
     found = []
     for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if entry.name.isdigit() and (
+                f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                or any(os.readlink(held).startswith(f"{folder}/") for held in (entry / "fd").iterdir())
+            ):
                 found.append(int(entry.name))
-        except OSError:
-            continue
     return found
+
+
+def end(mark: str, folder: str) -> None:
+    """Kill them until none is left, also of what they started meanwhile: who still writes keeps its folder from being removed."""
+    until = time.monotonic() + 60
+    while alive := living(mark, folder):
+        assert time.monotonic() < until, f"these outlive SIGKILL: {alive}"
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -90,10 +105,7 @@ def away(tmp_path: Path) -> Iterator[Away]:
                 time.sleep(0.2)
             yield Away(tmp_path, f"http://127.0.0.1:{dashboard}", env)
         finally:
-            for _ in range(2):  # a second time for what they started meanwhile
-                for pid in marked(mark):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+            end(mark, os.path.realpath(short))
 
 
 def listens(port: int) -> bool:
