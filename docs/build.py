@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from orchestrate import cli, compare, compare_matrix, measure, plugins, recipes, scaffold  # noqa: E402
+from orchestrate import cli, compare, compare_matrix, measure, plugins, recipes, report_plots, scaffold  # noqa: E402
 from orchestrate.recipe import SECTIONS  # noqa: E402
 from orchestrate.report_text import Result, attacks, defence, doubts, duration, headline, markdown_table, poison  # noqa: E402
 
@@ -298,8 +298,12 @@ def block_sweeps() -> list[str]:
 
 
 def block_matrices() -> list[str]:
-    """For each file of a matrix: attacks × defences."""
-    rows = lambda found, runs: compare.laid_out(*compare_matrix.matrix(runs), "markdown", by=2)
+    """For each file of a matrix: attacks × defences, below its picture."""
+
+    def rows(found: Mapping[str, Any], runs: list[compare.Run]) -> str:
+        picture = f"![Attack success by attack and defence](matrices/{found['name']}.png)\n\n"
+        return picture + compare_matrix.table(compare_matrix.arranged(runs), "markdown")
+
     return of_runs(MATRICES, rows) or ["*No matrix here yet: `python docs/build.py --matrix NAME RUN…` puts one in.*"]
 
 
@@ -307,11 +311,16 @@ def of_runs(folder: Path, rows: Callable[[Mapping[str, Any], list[compare.Run]],
     """A section for each file of runs in the folder, around the table that `rows` makes of it."""
     lines: list[str] = []
     for file in sorted(folder.glob("*.json")):
-        found = json.loads(file.read_text())
-        runs = [compare.Run(Path(), run["at"], run["result"]) for run in found["runs"]]
+        found = read_json(file) | {"name": file.stem}
+        runs = kept_runs(found)
         lines += [f"## {found['title']}", "", "```sh", found["command"], "```", ""]
         lines += [*rows(found, runs).splitlines(), "", found["note"], "", f"*{origin([run.result for run in runs])}*", ""]
     return lines[:-1]
+
+
+def kept_runs(found: Mapping[str, Any]) -> list[compare.Run]:
+    """The runs that a file keeps (`told_at`)."""
+    return [compare.Run(Path(), run["at"], run["result"]) for run in found["runs"]]
 
 
 def block_audits() -> list[str]:
@@ -502,14 +511,16 @@ def told_at(run: compare.Run, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def collect_matrix(name: str, folders: Sequence[Path], title: str | None, command: str | None, note: str | None, add: bool) -> Path:
-    """docs/matrices/NAME.json from runs and sweeps. With `add` its other runs stay: a matrix takes hours, and is made in parts."""
+    """docs/matrices/NAME.json and its heat map from runs and sweeps. With `add` its other runs stay: it is made in parts."""
     file = MATRICES / f"{name}.json"
     runs = compare.load(folders)
     told = [told_at(run, [path for path in run.flat if path.startswith(("attack.", "defense."))]) for run in runs]
     fresh = {run.result["identity"] for run in runs}
     before = read_json(file)["runs"] if add and file.exists() else []
     told = [old for old in before if old["result"]["identity"] not in fresh] + told
-    return kept(file, {"title": title, "command": command, "note": note}, {"runs": told})
+    kept(file, {"title": title, "command": command, "note": note}, {"runs": told})
+    report_plots.on_paper(compare_matrix.picture, compare_matrix.arranged(kept_runs(read_json(file))), file.with_suffix(""), ["png"])
+    return file
 
 
 def collect_audits(name: str, folders: Sequence[Path], title: str | None, note: str | None) -> Path:

@@ -32,9 +32,15 @@ def add(verb: Verb, source: Source) -> None:
     compare.add_argument("runs", nargs="+", help="directories of runs and sweeps")
     compare.add_argument("--by", default="", metavar="PATHS", help="lines of the table, by comma (default: all that varies but the seed)")
     compare.add_argument("--metric", default="", metavar="METRICS", help="columns, by comma (default: accuracy, attack success, time)")
-    compare.add_argument("--matrix", action="store_true", help="attacks × defences: a line for each attack, a column for each defence")
+    compare.add_argument(
+        "--matrix", action="store_true", help="attacks × defences: a line for each attack, a column for each defence; with --out a heat map"
+    )
     compare.add_argument("--format", default="text", help="text, csv, markdown or latex (default: text)")
-    compare.add_argument("--out", default="", help="folder for table.csv, .md and .tex, plots as PDF and PNG, and report.html")
+    compare.add_argument(
+        "--out",
+        default="",
+        help="folder for table.csv, .md and .tex, plots as PDF and PNG, and report.html",
+    )
     advise = verb("recommend", _recommend, "the cheapest setting of a sweep that keeps to a limit, and why")
     advise.add_argument("sweep", help="directory of a sweep or a run")
     advise.add_argument("conditions", nargs="+", metavar="CONDITION", help="such as 'asr<=0.125' or 'zeroshot/top1>=40%%'")
@@ -116,13 +122,16 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _matrix(args: argparse.Namespace, runs: list[compare.Run]) -> None:
-    from orchestrate import compare, compare_matrix
+    from orchestrate import compare_matrix
 
-    if args.by or args.metric or args.out:
-        raise ValueError("--matrix has lines and columns of its own: leave --by, --metric and --out.")
+    if args.by or args.metric:
+        raise ValueError("--matrix has lines and columns of its own: leave --by and --metric.")
     if args.format == "csv":
         raise ValueError("--matrix --format csv: its cells are texts. Choose text, markdown or latex, or leave --matrix.")
-    print(compare.laid_out(*compare_matrix.matrix(runs), args.format, by=2))
+    found = compare_matrix.arranged(runs)
+    print(compare_matrix.table(found, args.format))
+    for file in compare_matrix.save(found, Path(args.out)) if args.out else []:
+        print(f"wrote {file}")
 
 
 def _written(

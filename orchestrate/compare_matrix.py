@@ -1,22 +1,46 @@
-"""Attacks × defences as one table: a line for each attack, a column for each defence."""
+"""Attacks × defences: a line for each attack, a column for each defence, as a table and as a heat map."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from orchestrate import recipes
-from orchestrate.compare import Run, cell, estimate, order
+from orchestrate.compare import Run, cell, estimate, laid_out, order
+from orchestrate.report_plots import on_paper
 from orchestrate.report_text import MISSING, attacks, defence, finite, percent, poison, success, undefended
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ACCURACY = "zero-shot, mean of the lines"
 
 
-def matrix(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: each attack's success under each defence, as counted in one run or as the mean over seeds, and its poison.
+@dataclass(frozen=True)
+class Line:
+    """One thing that an attack measures: `metric` (asr/NAME), and the runs of each column, which are seeds of one setting."""
 
-    A run that measures several attacks has a line for each. The last line is each defence's accuracy, where it was measured.
-    """
+    name: str
+    poison: str
+    metric: str
+    cells: tuple[tuple[Run, ...], ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`accuracy`: of each column the mean over all its runs; None where it was not measured."""
+
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    accuracy: tuple[float | None, ...]
+
+
+def arranged(runs: Sequence[Run]) -> Matrix:
+    """Runs by attack and defence, the undefended first. A run that measures several attacks has a line for each."""
     runs = sorted(runs, key=lambda run: not undefended(run.result))
     plans, columns = (
         told_apart(runs, [planted(run) for run in runs], "attack"),
@@ -26,13 +50,65 @@ def matrix(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     for run, plan, column in zip(runs, plans, columns, strict=True):
         for name in attacks([run.result]):
             cells.setdefault((plan, name), {}).setdefault(column, []).append(run)
-    heads, rows = list(dict.fromkeys(columns)), []
+    heads, lines = tuple(dict.fromkeys(columns)), []
     for (plan, name), found in sorted(cells.items()):
         amounts = dict.fromkeys(poison(run.result) for some in found.values() for run in some)
         shown = plan if len([other for other in cells if other[0] == plan]) == 1 else f"{plan}: {name}"
-        rows.append([shown, ", ".join(amounts), *(_cell(found.get(column, []), name) for column in heads)])
-    means = [_accuracy([run for run, column in zip(runs, columns, strict=True) if column == head]) for head in heads]
-    return ["attack", "poison", *heads], [*rows, *([[ACCURACY, "", *means]] if set(means) != {MISSING} else [])]
+        lines.append(Line(shown, ", ".join(amounts), f"asr/{name}", tuple(tuple(found.get(column, ())) for column in heads)))
+    accuracy = tuple(_accuracy([run for run, column in zip(runs, columns, strict=True) if column == head]) for head in heads)
+    return Matrix(heads, tuple(lines), accuracy)
+
+
+def table(found: Matrix, form: str) -> str:
+    """Attack success as counted in one run, or as the mean over seeds, and its poison; last the accuracy. As text, Markdown or LaTeX."""
+    rows = [[line.name, line.poison, *(_cell(runs, line.metric) for runs in line.cells)] for line in found.lines]
+    if any(value is not None for value in found.accuracy):
+        rows.append([ACCURACY, "", *(MISSING if value is None else percent(value) for value in found.accuracy)])
+    return laid_out(["attack", "poison", *found.columns], rows, form, by=2)
+
+
+def save(found: Matrix, folder: Path) -> list[Path]:
+    """matrix.md and .tex, and the heat map as PDF and PNG. The files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "matrix.md", folder / "matrix.tex"]
+    for file, form in zip(files, ("markdown", "latex"), strict=True):
+        file.write_text(table(found, form) + "\n")
+    return [*files, *on_paper(picture, found, folder / "matrix")]
+
+
+def picture(found: Matrix) -> Figure:
+    """Attack success in percent, green where the attack fails, grey where it was not run; below it accuracy, green where it is high."""
+    from matplotlib.figure import Figure
+
+    height = 0.27 * (len(found.lines) + 1) + 1.1
+    figure = Figure(figsize=(3.2 + 1.15 * len(found.columns), height), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=[max(1, len(found.lines)), 1])
+    success_of = [[estimate(runs, line.metric) for runs in line.cells] for line in found.lines]
+    _squares(above, [[None if e is None else e.mean for e in row] for row in success_of], "RdYlGn_r", (0.0, 1.0))
+    above.set_yticks(range(len(found.lines)), [f"{line.name}: {line.poison}" for line in found.lines])
+    above.set_xticks(range(len(found.columns)), found.columns)
+    above.xaxis.tick_top()
+    above.set_title("attack success, %", fontsize=8.5, loc="left", x=-0.02, ha="right", y=1.0)
+    known = [value for value in found.accuracy if value is not None]
+    _squares(below, [list(found.accuracy)], "YlGn", (0.0, max(known, default=1.0)))
+    below.set_yticks([0], ["zero-shot accuracy, %"])
+    below.set_xticks([])
+    return figure
+
+
+def _squares(axes: Axes, numbers: Sequence[Sequence[float | None]], colors: str, ends: tuple[float, float]) -> None:
+    edges = [[k - 0.5 for k in range(count + 1)] for count in (len(numbers[0]) if numbers else 0, len(numbers))]
+    if numbers:
+        shown = [[float("nan") if x is None else x for x in row] for row in numbers]
+        axes.pcolormesh(*edges, shown, cmap=colors, alpha=0.75, vmin=ends[0], vmax=ends[1], edgecolors="white", linewidth=0.6)
+    axes.set_facecolor("#d8d8d8")
+    axes.invert_yaxis()
+    for i, row in enumerate(numbers):
+        for k, x in enumerate(row):
+            axes.text(k, i, MISSING if x is None else f"{100 * x:.0f}", ha="center", va="center", fontsize=8.5)
+    axes.tick_params(length=0, labelsize=8.5)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def planted(run: Run) -> str:
@@ -57,14 +133,15 @@ def told_apart(runs: Sequence[Run], names: Sequence[str], section: str) -> list[
     return out
 
 
-def _cell(runs: Sequence[Run], name: str) -> str:
+def _cell(runs: Sequence[Run], metric: str) -> str:
+    name = metric.removeprefix("asr/")
     if len(runs) <= 1:
         return str(success(runs[0].result, name)) if runs else MISSING
     cleans = [found.clean for run in runs if (found := success(run.result, name)) and found.clean is not None]
-    text = f"{cell(estimate(runs, f'asr/{name}'), f'asr/{name}')}, {len(runs)} runs"
+    text = f"{cell(estimate(runs, metric), metric)}, {len(runs)} runs"
     return f"{text}, clean {percent(fmean(cleans))}" if cleans else text
 
 
-def _accuracy(runs: Sequence[Run]) -> str:
+def _accuracy(runs: Sequence[Run]) -> float | None:
     found = [value for run in runs if (value := finite(run.result.get("zeroshot/top1"))) is not None]
-    return percent(fmean(found)) if found else MISSING
+    return fmean(found) if found else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrate import measure
 from orchestrate.compare import Estimate, Group, Run, group, is_share, order, varying
 from orchestrate.recommend import pareto, said, settings
-from orchestrate.report_plots import INK, PALETTE, STYLE, svg
+from orchestrate.report_plots import PALETTE, on_paper, svg
 from orchestrate.report_text import MISSING, finite
 
 if TYPE_CHECKING:
@@ -41,18 +41,9 @@ def drawings(figures: Figures) -> dict[str, str]:
 
 
 def save(figures: Figures, folder: Path) -> list[Path]:
-    """The same as PDF and PNG (200 dpi) for a paper. The files written."""
-    import matplotlib
-
+    """The same as PDF and PNG for a paper. The files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    with matplotlib.rc_context(STYLE | {key: "black" for key, value in STYLE.items() if value == INK}):
-        for name, draw in DRAW.items():
-            if (figure := draw(figures)) is not None:
-                for path in (folder / f"{name}.pdf", folder / f"{name}.png"):
-                    figure.savefig(path, dpi=200, facecolor="white", bbox_inches="tight")
-                    written.append(path)
-    return written
+    return [file for name, draw in DRAW.items() for file in on_paper(draw, figures, folder / name)]
 
 
 # --- two axes ----------------------------------------------------------------------------------------------------------------------

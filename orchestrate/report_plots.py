@@ -74,19 +74,8 @@ def curves(series: Sequence[Series]) -> str | None:
 
 
 def save(series: Sequence[Series], folder: Path) -> list[Path]:
-    """The figures as PDF and PNG (200 dpi) for a paper. The files written."""
-    import matplotlib
-
-    written = []
-    with matplotlib.rc_context(STYLE | {key: "black" for key, value in STYLE.items() if value == INK}):
-        for name, draw in (("outcome", _outcome), ("curves", _curves)):
-            figure = draw(series)
-            for path in [folder / f"{name}.{ending}" for ending in ("pdf", "png")]:
-                if figure is None:
-                    continue
-                figure.savefig(path, dpi=200, facecolor="white", bbox_inches="tight")
-                written.append(path)
-    return written
+    """The figures as PDF and PNG for a paper. The files written."""
+    return [*on_paper(_outcome, series, folder / "outcome"), *on_paper(_curves, series, folder / "curves")]
 
 
 def losses(records: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float | None, bool]]:
@@ -219,6 +208,19 @@ def _legend(figure: Figure, series: Sequence[Series], names: Sequence[str] = ())
         words = "zero-shot accuracy" if name == "zeroshot/top1" else f"success: {name.removeprefix('asr/')}"
         handles.append(Line2D([], [], color=INK, linestyle=DASHES[min(k, len(DASHES) - 1)], linewidth=1.4, label=words))
     figure.legend(handles=handles, loc="outside lower left", ncols=min(6, len(handles)), handlelength=2.2)
+
+
+def on_paper(draw: Callable[[Any], Figure | None], what: Any, file: Path, forms: Sequence[str] = ("pdf", "png")) -> list[Path]:
+    """The drawing of `what` in black on white as `file`.pdf and `file`.png (200 dpi). The files written: none where nothing is drawn."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE | {key: "black" for key, value in STYLE.items() if value == INK}):
+        figure = draw(what)
+        written = [file.with_name(f"{file.name}.{ending}") for ending in forms] if figure else []
+        for path in written:
+            assert figure is not None
+            figure.savefig(path, dpi=200, facecolor="white", bbox_inches="tight")
+    return written
 
 
 def svg(draw: Callable[[Any], Figure | None], series: Any) -> str | None:

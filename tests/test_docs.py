@@ -22,6 +22,7 @@ from attacks.base import PROBE_SCHEMA
 from defenses.base import ClipOutput, clip_loss
 from orchestrate import cli, journal, measure, pairing, recipes, rundir
 from orchestrate.evaluate import attack_success, linear_probe, retrieval, zero_shot
+from orchestrate.statistics import wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -110,20 +111,37 @@ def test_results_are_collected_without_anybodys_paths(build: ModuleType, tmp_pat
 
 
 def test_a_sweep_is_collected_with_a_row_for_each_setting(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = []
-    for pool, seed, hits in ((16, 0, 2), (16, 1, 4), (64, 0, 1)):
-        runs.append(tmp_path / "runs" / f"roclip-{pool}-{seed}")
-        runs[-1].mkdir(parents=True)
-        recipe = {"name": "roclip", "seed": seed, "defense": {"use": "roclip", "pool_size": pool}, "data": {"path": "/home/me/set"}}
-        result = {"recipe": "roclip", "defense": "roclip", "data": "/home/me/set", "run": str(runs[-1]), "seed": seed}
-        (runs[-1] / "recipe.json").write_text(json.dumps(recipe))
-        (runs[-1] / "result.json").write_text(json.dumps(result | {"asr/a": hits / 10, "asr/a/hits": hits, "asr/a/total": 10}))
+    runs = [made(tmp_path / "runs", pool, seed, hits) for pool, seed, hits in ((16, 0, 2), (16, 1, 4), (64, 0, 1))]
     monkeypatch.setattr(build, "SWEEPS", tmp_path / "sweeps")
     file = build.collect_sweep("pool", runs, "", "How large", "antidote sweep pool", "It holds.")
     assert "/home" not in file.read_text() and str(tmp_path) not in file.read_text()
     text = "\n".join(build.block_sweeps())
     assert "| defense.pool_size | seeds | asr/a |" in text and "## How large" in text and "It holds." in text
     assert "| 16 | 2 | 30.0 % [" in text and "| 64 | 1 | 10.0 % [1.8, 40.4] |" in text
+
+
+def test_a_matrix_is_collected_in_parts_with_its_picture(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "MATRICES", tmp_path / "matrices")
+    build.collect_matrix("all", [made(tmp_path / "runs", 16, 0, 2)], "All", "antidote sweep matrix", "Half of it.", add=False)
+    file = build.collect_matrix("all", [made(tmp_path / "runs", 64, 0, 1)], None, None, None, add=True)
+    text = "\n".join(build.block_matrices())
+    assert "| attack | poison | RoCLIP (pool_size=16) | RoCLIP (pool_size=64) |" in text and "Half of it." in text
+    assert "2/10 = 20.0 % [5.7, 51.0] | 1/10 = 10.0 % [1.8, 40.4] |" in text
+    assert "](matrices/all.png)" in text and file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "/home" not in file.read_text()
+
+
+def made(folder: Path, pool: int, seed: int, hits: int) -> Path:
+    """The directory of a finished run."""
+    run = folder / f"roclip-{pool}-{seed}"
+    run.mkdir(parents=True)
+    recipe = {"name": "roclip", "seed": seed, "defense": {"use": "roclip", "pool_size": pool}, "data": {"path": "/home/me/set"}}
+    result = {"recipe": "roclip", "defense": "roclip", "attack": "a", "data": "/home/me/set", "run": str(run), "seed": seed}
+    counts = {"identity": run.name, "asr/a": hits / 10, "asr/a/hits": hits, "asr/a/total": 10, "poison/count": 0, "poison/rate": 0.0}
+    low, high = wilson(hits, 10)
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    (run / "result.json").write_text(json.dumps(result | counts | {"asr/a/low": low, "asr/a/high": high}))
+    return run
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "results").glob("*.json")), ids=lambda file: file.stem)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrate import compare, compare_page, compare_plots, measure, recommend, sweepdir
+from orchestrate import compare, compare_matrix, compare_page, compare_plots, measure, recommend, sweepdir
 from orchestrate.cli import main
 from orchestrate.compare import Run
-from orchestrate.compare_matrix import matrix, planted
+from orchestrate.compare_matrix import arranged, planted
 from orchestrate.recommend import condition, pareto
 from orchestrate.statistics import wilson
 
@@ -271,6 +271,12 @@ def run_of(recipe: str, defense: str, attack: str, hits: int, seed: int = 0, **f
     return Run(Path("run"), {"seed": seed, **flat}, result)
 
 
+def matrix(runs: list[Run]) -> list[list[str]]:
+    """The table's cells, head first."""
+    head, _, *rows = compare_matrix.table(arranged(runs), "markdown").splitlines()
+    return [[word.strip() for word in line.strip("|").split("|")] for line in (head, *rows)]
+
+
 def test_a_matrix_has_a_line_for_each_attack_and_a_column_for_each_defence():
     """Two patterns of one method are two attacks; what was not run is a dash; accuracy is the mean of a column."""
     runs = [
@@ -278,7 +284,7 @@ def test_a_matrix_has_a_line_for_each_attack_and_a_column_for_each_defence():
         run_of("clip-blended-small", "clip", "blended", 20),
         run_of("clip-blended_stripes-small", "clip", "blended", 10),
     ]
-    head, rows = matrix(runs)
+    head, *rows = matrix(runs)
     assert head == ["attack", "poison", "No defence", "RoCLIP"]
     assert rows[0] == ["blended", "30 (3.0 %)", "20/20 = 100.0 % [83.9, 100.0]", "2/20 = 10.0 % [2.8, 30.1]"]
     assert rows[1] == ["blended_stripes", "30 (3.0 %)", "10/20 = 50.0 % [29.9, 70.1]", "–"]
@@ -287,19 +293,29 @@ def test_a_matrix_has_a_line_for_each_attack_and_a_column_for_each_defence():
 
 def test_seeds_share_a_cell_of_a_matrix_and_settings_do_not():
     seeds = [run_of("roclip-badnets", "roclip", "badnets", 4, seed, **{"defense.every": 1}) for seed in range(3)]
-    [[*_, cell], _] = matrix(seeds)[1]
+    [_, [*_, cell], _] = matrix(seeds)
     assert cell.startswith("20.0 % [") and cell.endswith("3 runs")
-    head, rows = matrix([*seeds, run_of("roclip-badnets", "roclip", "badnets", 8, **{"defense.every": 2})])
+    head, *rows = matrix([*seeds, run_of("roclip-badnets", "roclip", "badnets", 8, **{"defense.every": 2})])
     assert head[2:] == ["RoCLIP (every=1)", "RoCLIP (every=2)"] and rows[0][3].startswith("8/20")
+
+
+def test_the_heat_map_shows_the_same_numbers_and_a_dash_where_nothing_was_run():
+    seeds = [run_of("roclip-badnets", "roclip", "badnets", hits, seed) for seed, hits in enumerate((2, 4, 6))]
+    figure = compare_matrix.picture(arranged([*seeds, run_of("clip-sig", "clip", "sig", 19)]))
+    shown = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert shown == [["–", "20", "95", "–"], ["69", "54"]]  # lines: badnets, sig; columns: No defence, RoCLIP
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["badnets: 30 (3.0 %)", "sig: 30 (3.0 %)"]
 
 
 def test_a_method_named_on_the_command_line_is_not_the_recipes():
     assert planted(run_of("clip", "clip", "badnets", 1)) == "badnets" and planted(run_of("mine", "clip", "sig", 1)) == "sig"
 
 
-def test_compare_prints_the_matrix_or_says_what_does_not_go_with_it(sweep, capsys):
-    assert main(["compare", str(sweep), "--matrix"]) == 0
-    assert capsys.readouterr().out.startswith("attack")
+def test_compare_prints_and_writes_the_matrix_or_says_what_does_not_go_with_it(sweep, tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    assert main(["compare", str(sweep), "--matrix", "--format", "markdown", "--out", str(out)]) == 0
+    printed, [*written] = capsys.readouterr().out, sorted(file.name for file in out.iterdir())
+    assert written == ["matrix.md", "matrix.pdf", "matrix.png", "matrix.tex"] and printed.startswith((out / "matrix.md").read_text())
     for words in (["--by", "seed"], ["--format", "csv"]):
         assert main(["compare", str(sweep), "--matrix", *words]) != 0
         assert "--matrix" in capsys.readouterr().err
