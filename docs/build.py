@@ -470,10 +470,14 @@ def stale(files: Mapping[Path, str]) -> list[Path]:
     return changed + [file for file in METHODS.glob("*.md") if file not in files]
 
 
-def collect(name: str, runs: Sequence[Path], title: str | None, command: str | None, note: str | None) -> Path:
-    """docs/results/NAME.json from run directories."""
+def collect(name: str, runs: Sequence[Path], title: str | None, command: str | None, note: str | None, add: bool = False) -> Path:
+    """docs/results/NAME.json from run directories. With `add` its other results stay."""
+    file = RESULTS / f"{name}.json"
     results = [published(json.loads((run / "result.json").read_text())) for run in runs]
-    return kept(RESULTS / f"{name}.json", {"title": title, "command": command, "note": note}, {"results": results}, read_results)
+    if add and file.exists():
+        fresh = {result.get("identity") for result in results}
+        results = [old for old in read_results(file)["results"] if old.get("identity") not in fresh] + results
+    return kept(file, {"title": title, "command": command, "note": note}, {"results": results}, read_results)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -539,16 +543,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", metavar="NAME", help="make docs/sweeps/NAME.json from the runs and sweeps")
     parser.add_argument("--by", default="", help="of the sweep: what makes a row, by comma (default: all that varies but the seed)")
     parser.add_argument("--matrix", metavar="NAME", help="make docs/matrices/NAME.json from runs and sweeps")
-    parser.add_argument("--add", action="store_true", help="of the matrix: keep the runs that it has and that are not given")
+    parser.add_argument("--add", action="store_true", help="of results or the matrix: keep the runs that it has and that are not given")
     parser.add_argument("--audits", metavar="NAME", help="make docs/audits/NAME.json from folders of audits")
     for key in ("title", "command", "note"):
         parser.add_argument(f"--{key}", help="of the collected results")
     parser.add_argument("runs", nargs="*", type=Path, help="run directories to collect")
     args = parser.parse_args(argv)
-    if args.add and not args.matrix:
-        parser.error("--add is for --matrix")
+    if args.add and not (args.collect or args.matrix):
+        parser.error("--add is for --collect and --matrix")
     if args.collect:
-        print(f"wrote {collect(args.collect, args.runs, args.title, args.command, args.note).relative_to(ROOT)}")
+        print(f"wrote {collect(args.collect, args.runs, args.title, args.command, args.note, args.add).relative_to(ROOT)}")
     if args.sweep:
         made = collect_sweep(args.sweep, args.runs, args.by, args.title, args.command, args.note)
         print(f"wrote {made.relative_to(ROOT)}")

@@ -108,6 +108,9 @@ def test_results_are_collected_without_anybodys_paths(build: ModuleType, tmp_pat
     text = "\n".join(build.block_results())
     assert "## A title" in text and "a note" in text and "9/10 = 90.0 %" in text and "Data flickr" in text
     assert "9/10" in "\n".join(build.block_demo())
+    build.collect("demo", [made(tmp_path / "more", 16, 0, 2)], None, None, None, add=True)
+    text = "\n".join(build.block_results())
+    assert "9/10 = 90.0 %" in text and "2/10 = 20.0 %" in text and "## A title" in text
 
 
 def test_a_sweep_is_collected_with_a_row_for_each_setting(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
