@@ -19,7 +19,7 @@ unit: .venv/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not ray and not faults and not browser'
 
 ray: .venv/.ready
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ray
 
 # Who dies in which phase, on a cluster of several raylets; rewrites the table of docs/faults.md.
 faults: .venv/.ready

@@ -30,6 +30,7 @@ PATIENCE_S = 30.0  # for all actors of a pool, before fewer do
 # Processes that a small machine may start at once; where more than three times as many live, Ray warns on the terminal. A sweep's trials
 # of a fraction of a core have half a dozen each.
 STARTING, STARTING_SWEEP = 4, 16
+PRESTART = "RAY_prestart_worker_first_driver"  # processes that Ray starts without the job's packages: none of ours can run in them
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves the configuration here, on the head
 KUBERNETES = "KUBERNETES_SERVICE_HOST"
 DEAD = "dead"  # the error of an `Answer` whose node has left
@@ -81,6 +82,7 @@ def connected(cluster: Cluster, dashboard: bool = False) -> Iterator[dict[str, f
     if mine:
         starting = max(STARTING_SWEEP if dashboard else STARTING, os.cpu_count() or 1)
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(starting))
+        os.environ.setdefault(PRESTART, "0")
         try:
             ray.init(
                 address=cluster.address or "local",

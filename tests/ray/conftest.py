@@ -50,7 +50,7 @@ class Antidote:
         command = [sys.executable, "-m", "orchestrate", *last.values()]
         return subprocess.Popen(command, cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    def run(self, *words: str, timeout: float = 300) -> tuple[int, str, str]:
+    def run(self, *words: str, timeout: float = 600) -> tuple[int, str, str]:
         process = self.start(*words)
         try:
             out, err = process.communicate(timeout=timeout)
@@ -72,7 +72,7 @@ class Antidote:
     def records(self) -> list[dict[str, Any]]:
         return [json.loads(line) for f in self.runs.glob("*/metrics.jsonl") for line in f.read_text().splitlines() if line]
 
-    def until(self, ready: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 150) -> Any:
+    def until(self, ready: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 300) -> Any:
         """The first true value of `ready`; fails if the process ends or the time is up before."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -69,7 +69,7 @@ def test_selection_and_repair_come_out_the_same_when_killed_in_either_stage(tmp_
     process = rough.start("run", *WORDS)
     rough.until(lambda: any(r["epoch"] == 5 and r["kind"] == "train" for r in rough.records()), process)
     kill(processes("ray::RayTrainWorker", process.pid))
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     again = rough.results()[-1]
     assert [r["epoch"] for r in rough.records() if r["kind"] == "train"] == list(range(1, EPOCHS + 1))

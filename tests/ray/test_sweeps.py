@@ -27,7 +27,7 @@ def test_a_killed_sweep_goes_on_and_pays_nothing_twice(antidote: Antidote) -> No
     def begun() -> list[dict[str, Any]]:
         return [json.loads(line) for f in antidote.runs.glob("*-sweep-*/trials.jsonl") for line in f.read_text().splitlines()]
 
-    antidote.until(lambda: antidote.results() and begun()[-1]["state"] == "running", process, 240)
+    antidote.until(lambda: antidote.results() and begun()[-1]["state"] == "running", process)
     kill([process.pid])
     process.communicate(timeout=60)
     [folder] = antidote.runs.glob("*-sweep-*")
@@ -61,7 +61,7 @@ def test_a_killed_sweep_goes_on_and_pays_nothing_twice(antidote: Antidote) -> No
 
 def test_a_sweep_told_to_end_ends_as_by_ctrl_c(antidote: Antidote) -> None:
     process = antidote.start("sweep", *WORDS, "track.uri=none")
-    antidote.until(lambda: any('"running"' in f.read_text() for f in antidote.runs.glob("*-sweep-*/trials.jsonl")), process, 240)
+    antidote.until(lambda: any('"running"' in f.read_text() for f in antidote.runs.glob("*-sweep-*/trials.jsonl")), process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "goes on from the last checkpoint" in err
