@@ -126,8 +126,10 @@ def method_page(kind: str, name: str, cls: type) -> str:
         lines += ["None."]
     known = recipes.METHODS if kind == "defense" else recipes.ATTACKS
     stem = "clip-" if kind == "attack" else ""
-    run = f"antidote run {stem}{name}" if name in known else f"antidote run clip {kind}={name}"
-    lines += ["", "## Use", "", "```sh", run, "```", "", f"Code: [`{source}`](../../{source})."]
+    ready = [(f"antidote run {stem}{recipe}", part.shows) for recipe, part in known.items() if part.layer.get(kind) == name]
+    width = max((len(command) for command, _ in ready), default=0)
+    runs = [f"{command:<{width}}    # {shows}" for command, shows in ready] or [f"antidote run clip {kind}={name}"]
+    lines += ["", "## Use", "", "```sh", *runs, "```", "", f"Code: [`{source}`](../../{source})."]
     return "\n".join(lines) + "\n"
 
 
