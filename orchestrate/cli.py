@@ -48,7 +48,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="antidote", description="Poison-robust CLIP pre-training on Ray: attacks, defences, one table.")
-    verbs = parser.add_subparsers(title="verbs", metavar="")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
 
     def verb(name: str, call: Callable[..., Any], help: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=help, description=help)
@@ -117,20 +117,19 @@ def _ls(args: argparse.Namespace) -> None:
     from orchestrate import plugins
 
     print("Recipes: <method>[-<attack>][-<scale>], such as roclip, roclip-badnets, clip-targeted-smoke\n")
-    for title, table in (("methods", recipes.METHODS), ("attacks", recipes.ATTACKS)):
+    default = lambda name, own: " (default)" if name == own else ""
+    tables = {
+        "methods": {name: part.shows for name, part in recipes.METHODS.items()},
+        "attacks": {name: f"{part.shows}{default(name, recipes.ATTACK)}" for name, part in recipes.ATTACKS.items()},
+        "scales": {name: f"{scale.shows}; {scale.time}{default(name, recipes.SCALE)}" for name, scale in recipes.SCALES.items()},
+        "suites": {name: f"{shows} ({', '.join(members)})" for name, (shows, members, _) in recipes.SUITES.items()},
+        "sweeps": {name: sweeps.shows(name) for name in sweeps.SWEEPS},
+    }
+    width = max(len(name) for table in tables.values() for name in table)
+    for title, table in tables.items():
         print(f"  {title}")
-        for name, part in table.items():
-            mark = " (default)" if name == recipes.ATTACK else ""
-            print(f"    {name:<12} {part.shows}{mark}")
-    print("  scales")
-    for name, scale in recipes.SCALES.items():
-        print(f"    {name:<12} {scale.shows}; {scale.time}{' (default)' if name == recipes.SCALE else ''}")
-    print("  suites")
-    for name, (shows, members, _) in recipes.SUITES.items():
-        print(f"    {name:<12} {shows} ({', '.join(members)})")
-    print("  sweeps")
-    for name in sweeps.SWEEPS:
-        print(f"    {name:<12} {sweeps.shows(name)}")
+        for name, shows in table.items():
+            print(f"    {name:<{width}}  {shows}")
     print(f"\nAttack plug-ins:  {', '.join(plugins.names('attack'))}; join with +, or ./file.py:Class")
     print(f"Defence plug-ins: {', '.join(plugins.names('defense'))}; or ./file.py:Class")
     print(f"Our small models: {', '.join(sorted(p.stem for p in _configs()))}; or any open_clip architecture")
