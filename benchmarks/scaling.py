@@ -247,7 +247,7 @@ def bytes_a_pair(rows: int) -> tuple[float, float]:
 
     import pyarrow as pa
 
-    from orchestrate import prepared
+    from orchestrate import batches
 
     ids = [f"pair-{i:012d}" for i in range(rows)]
     captions = [f"a photo of a small red thing number {i} beside the sea" for i in range(rows)]
@@ -255,10 +255,10 @@ def bytes_a_pair(rows: int) -> tuple[float, float]:
     tracemalloc.start()
     held = [
         np.array(table.column("caption").to_pylist(), dtype=object),
-        prepared.sample_keys(table, 0),
-        prepared.order(rows, 0, 1),
+        batches.sample_keys(table, 0),
+        batches.order(rows, 0, 1),
     ]
-    held.append(prepared.epoch_keys(held[1], 1))
+    held.append(batches.epoch_keys(held[1], 1))
     size = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     return size / rows, table.nbytes / rows

@@ -78,7 +78,7 @@ def plain(size: int, threads: int) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from orchestrate import prepared, recipes
+    from orchestrate import batches, prepared, recipes
     from orchestrate.data import reader
     from orchestrate.data.index import open_dataset
     from orchestrate.step import Examples, Learner
@@ -88,14 +88,14 @@ def plain(size: int, threads: int) -> dict[str, float]:
     dataset = open_dataset(recipe.data)
     images, _ = reader.load(dataset.train, prepared.stored_side(recipe), recipe.data.max_pixels)
     captions = np.array(dataset.train["caption"].to_pylist(), dtype=object)
-    keys = prepared.sample_keys(dataset.train, recipe.seed)
+    keys = batches.sample_keys(dataset.train, recipe.seed)
     batch = recipe.train.batch
     steps = len(captions) // batch
     learner = Learner(recipe.model, recipe.train, prepared.build_defense(recipe), seed=0, total_steps=steps * EPOCHS)
     rates = []
     for epoch in range(1, PLAIN + 1):
-        order = prepared.order(len(captions), recipe.seed, epoch)[: steps * batch].reshape(steps, batch)
-        drawn = prepared.epoch_keys(keys, epoch)
+        order = batches.drawn(np.arange(len(captions)), batch, recipe.seed, epoch)
+        drawn = batches.epoch_keys(keys, epoch)
         started = time.monotonic()
         for rows in order:
             learner.step(Examples(images[rows], list(captions[rows]), drawn[rows]))

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from attacks.base import ranks
 from defenses import duplicates
 from defenses.detect import BATCH, FAMILIES, SCORES, K, combine
-from orchestrate import audit_cause, audit_clean, audit_model, audit_page, audit_scores, cluster, journal, prepared
+from orchestrate import audit_cause, audit_clean, audit_model, audit_page, audit_scores, batches, cluster, journal, prepared
 from orchestrate.audit_cause import Trigger, Word
 from orchestrate.data.index import Dataset, fingerprint
 from orchestrate.pairing import draw_pool
@@ -157,7 +157,7 @@ def _score(found: Audit, model: Any, cfg: dict[str, Any]) -> None:
     found.facts["transport"] = why_not or "used"
     size = found.options.batch
     if found.images is None:  # neighbouring rows together, so that a file is read in stretches
-        order = prepared.order(count, recipe.seed, 0, (audit_actors.TOGETHER * size, size))
+        order = batches.order(count, recipe.seed, 0, (audit_actors.TOGETHER * size, size))
     else:
         order = np.argsort(ranks(table["id"].to_pylist(), recipe.seed, "audit"), kind="stable")
     work = audit_actors.Work(recipe, table, found.images, order, weights, cfg, found.pool, not why_not)

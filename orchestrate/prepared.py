@@ -15,10 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from attacks.apply import apply
-from attacks.base import Manifest, Probes, how_many, manifest, pick, ranks
+from attacks.base import Manifest, Probes, how_many, manifest, pick
 from attacks.combine import Several
 from attacks.materials import carried, materials
-from defenses.augment import mix
 from defenses.base import Defense
 from orchestrate import audit_scores
 from orchestrate.data import reader
@@ -267,39 +266,6 @@ def check_size(recipe: Recipe, table: pa.Table) -> None:
                 f"the repair's batch of {plan.batch} must hold a pair for each of cluster.workers={recipe.cluster.workers}, and its "
                 f"{trusted:,} trusted pairs must fill one: change defense.batch, or give more with defense.clean."
             )
-
-
-def share(batch: int, world: int, rank: int) -> slice:
-    """Which rows of a global batch a worker takes. Shares differ by at most one row where the batch does not divide."""
-    return slice(rank * batch // world, (rank + 1) * batch // world)
-
-
-# --- order and keys ------------------------------------------------------------------------------------------------------------
-
-
-def order(rows: int, seed: int, epoch: int, window: tuple[int, int] | None = None) -> np.ndarray:
-    """A permutation of range(rows), int64, fresh each epoch.
-
-    With `window` = (rows shuffled together, consecutive rows read together) it is a local shuffle, so that a set that is read from
-    files while training touches each part of a file once an epoch: chunks in random order, then rows at random inside windows of chunks.
-    """
-    rng = np.random.default_rng((seed, epoch))
-    if window is None:
-        return rng.permutation(rows)
-    size, chunk = window
-    starts = rng.permutation(-(-rows // chunk)) * chunk
-    chunked = np.concatenate([np.arange(s, min(s + chunk, rows)) for s in starts])
-    return np.concatenate([rng.permutation(chunked[i : i + size]) for i in range(0, rows, size)])
-
-
-def sample_keys(table: pa.Table, seed: int) -> np.ndarray:
-    """A random key for each pair, uint64 (rows,): by hash of (id, seed)."""
-    return ranks(table.column("id").to_pylist(), seed, "sample")
-
-
-def epoch_keys(keys: np.ndarray, epoch: int) -> np.ndarray:
-    """Keys of this epoch: another, unrelated number for each sample and epoch."""
-    return mix(keys ^ mix(np.full(1, epoch, np.uint64)))
 
 
 # --- what evaluation needs -----------------------------------------------------------------------------------------------------

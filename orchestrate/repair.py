@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from defenses.base import Repair
-from orchestrate import prepared, rundir, scoring
+from orchestrate import batches, prepared, rundir, scoring
 from orchestrate.progress import Phase
 from orchestrate.recipe import Data, Recipe, Train, from_dict
 
@@ -128,11 +128,11 @@ def fine_tune(model: Any, cfg: Mapping[str, Any], plan: Repair, recipe: Recipe, 
     )
     pixels = prepared.pixels_of(recipe, None, trusted, None, None, side)
     captions = np.array(trusted.column("caption").to_pylist(), dtype=object)
-    keys, losses = prepared.sample_keys(trusted, recipe.seed), []
+    keys, losses = batches.sample_keys(trusted, recipe.seed), []
     with Phase(f"repair on {trusted.num_rows:,} pairs", steps * plan.epochs, "step") as phase, ThreadPoolExecutor(1) as reader:
         for epoch in range(1, plan.epochs + 1):
-            order = prepared.order(trusted.num_rows, recipe.seed, epoch)[: steps * plan.batch].reshape(steps, plan.batch)
-            fresh, total = prepared.epoch_keys(keys, epoch), 0.0
+            order = batches.drawn(np.arange(trusted.num_rows), plan.batch, recipe.seed, epoch)
+            fresh, total = batches.epoch_keys(keys, epoch), 0.0
             waiting = reader.submit(pixels.take, order[0])
             for i, rows in enumerate(order):
                 shown = waiting.result()

@@ -24,7 +24,7 @@ from attacks.combine import part_seed
 from defenses.base import Defense
 from defenses.transport import transport_cost
 from models import clip, encode
-from orchestrate import masks, prepared
+from orchestrate import batches, masks, prepared
 from orchestrate.data.index import SCENE_SIDE, Dataset, fingerprint
 from orchestrate.encoder import Encoder
 from orchestrate.progress import Phase
@@ -112,13 +112,12 @@ class SetStudy:
     def _train(self, learner: Learner, pairs: int, epochs: int) -> None:
         table = self._sample(pairs)
         captions = np.array(table["caption"].to_pylist(), dtype=object)
-        keys = prepared.sample_keys(table, self.seed)
+        keys = batches.sample_keys(table, self.seed)
         images = np.concatenate([_small(self.load(table.slice(i, READ)), learner.image_side) for i in range(0, table.num_rows, READ)])
         with Phase("surrogate", learner.total_steps, "step") as phase:
             for epoch in range(1, epochs + 1):
-                order = prepared.order(table.num_rows, self.seed, epoch)
-                for at in order[: table.num_rows // BATCH * BATCH].reshape(-1, BATCH):
-                    learner.step(Examples(images[at], list(captions[at]), prepared.epoch_keys(keys[at], epoch)))
+                for at in batches.drawn(np.arange(table.num_rows), BATCH, self.seed, epoch):
+                    learner.step(Examples(images[at], list(captions[at]), batches.epoch_keys(keys[at], epoch)))
                     phase.at(learner.steps, f"epoch {epoch}/{epochs}")
 
     def _encoder(self) -> Encoder:

@@ -14,7 +14,6 @@ import contextlib
 import json
 import logging
 import os
-import queue
 import tempfile
 import threading
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from attacks.base import Probes, how_many
-from orchestrate import cluster, journal, prepared, reading, rundir
+from orchestrate import batches, cluster, journal, prepared, reading, rundir
 from orchestrate import recipe as recipes
 from orchestrate.data.pixels import Pixels
 from orchestrate.progress import Phase
@@ -283,7 +282,7 @@ class Worker:
         self.attack, self.defense = prepared.build_attack(recipe, self.table), prepared.build_defense(recipe)
         self.pixels = prepared.pixels_of(recipe, self.attack, self.table, images, place)
         self.captions = np.array(self.table.column("caption").to_pylist(), dtype=object)
-        self.keys = prepared.sample_keys(self.table, recipe.seed)
+        self.keys = batches.sample_keys(self.table, recipe.seed)
         self.rows, self.batch = np.arange(self.table.num_rows), recipe.train.batch
         self.steps = len(self.rows) // self.batch  # an epoch; the remainder is another one each epoch
         epochs = range(1, recipe.train.epochs + 1)
@@ -384,26 +383,14 @@ class Worker:
         self.learner.restart(plan.method, stage(self.recipe.train, plan), self.steps * plan.epochs)
 
     def _batches(self, epoch: int, pairing: dict[str, Any]) -> Iterator[Any]:
-        """This worker's rows of each global batch, one batch ahead of the model. What is safe comes last (`ClipOutput.safe`)."""
-        from orchestrate.step import Examples
-
+        """This worker's rows of each global batch, read ahead of the model."""
         window = None if self.pixels.images is not None else (WINDOW, STREAM_CHUNK)
-        order = self.rows[prepared.order(len(self.rows), self.recipe.seed, epoch, window)][: self.steps * self.batch]
-        safe = pairing.get("safe")
-        if safe is not None:
-            order = order[np.argsort(safe[order], kind="stable")]
-        order = order.reshape(self.steps, self.batch)[:, prepared.share(self.batch, self.world, self.rank)]
-        keys = prepared.epoch_keys(self.keys, epoch)
+        order = batches.drawn(self.rows, self.batch, self.recipe.seed, epoch, window, pairing.get("safe"))
+        order = order[:, batches.share(self.batch, self.world, self.rank)]
+        keys = batches.epoch_keys(self.keys, epoch)
         images = (self.pixels.take(rows) for rows in order) if self.pixels.images is not None else self._stream(order)
-        for rows, pixels in zip(order, _ahead(images), strict=True):
-            captions, matched, moved = list(self.captions[rows]), None, None
-            if "index" in pairing:
-                chosen = pairing["index"][rows]
-                moved = chosen >= 0
-                if pairing["matched"] == "embedding":
-                    matched = pairing["features"][chosen]
-                captions = [own if i < 0 else pairing["captions"][i] for i, own in zip(chosen, captions, strict=True)]
-            yield Examples(pixels, captions, keys[rows], matched, None if safe is None else safe[rows], moved)
+        for rows, pixels in zip(order, batches.ahead(images), strict=True):
+            yield batches.examples(rows, pixels, self.captions, keys, pairing)
 
     def _stream(self, order: np.ndarray) -> Iterator[np.ndarray]:
         """Pixels of (steps, n) rows through Ray Data, a window of steps a task, in order."""
@@ -466,23 +453,3 @@ def _load(checkpoint: Any) -> dict[str, Any]:
 
     with checkpoint.as_directory() as folder:
         return torch.load(Path(folder) / LEARNT, map_location="cpu", weights_only=True)
-
-
-def _ahead(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
-    """The same items, made in a thread that stays up to `depth` ahead; an error there is raised here."""
-    waiting: queue.Queue[Any] = queue.Queue(depth)
-    end = object()
-
-    def fill() -> None:
-        try:
-            for item in items:
-                waiting.put(item)
-            waiting.put(end)
-        except BaseException as error:
-            waiting.put(error)
-
-    threading.Thread(target=fill, daemon=True).start()
-    while (item := waiting.get()) is not end:
-        if isinstance(item, BaseException):
-            raise item
-        yield item

@@ -41,70 +41,6 @@ def dataset(recipe: Recipe) -> Dataset:
     return open_dataset(recipe.data)
 
 
-# --- order and keys ----------------------------------------------------------------------------------------------------------
-
-WINDOWS = st.none() | st.tuples(st.integers(1, 90), st.integers(1, 30))
-
-
-@given(rows=st.integers(1, 400), seed=st.integers(0, 2**40), epoch=st.integers(1, 99), window=WINDOWS)
-def test_the_order_is_a_permutation_that_seed_and_epoch_fix(rows, seed, epoch, window):
-    found = prepared.order(rows, seed, epoch, window)
-    assert np.array_equal(np.sort(found), np.arange(rows))
-    assert np.array_equal(found, prepared.order(rows, seed, epoch, window))
-
-
-@pytest.mark.parametrize("window", [None, (64, 16)])
-def test_another_epoch_or_seed_is_another_order(window):
-    orders = [prepared.order(500, seed, epoch, window) for seed in (0, 1, 2) for epoch in (1, 2, 3)]
-    assert len({order.tobytes() for order in orders}) == 9
-    assert all((order != np.arange(500)).mean() > 0.9 for order in orders)
-
-
-@given(rows=st.integers(1, 500), chunk=st.integers(1, 40), chunks=st.integers(1, 6), epoch=st.integers(1, 9))
-def test_a_window_touches_few_parts_of_a_file_and_each_part_once(rows, chunk, chunks, epoch):
-    """What is read together lies together: a window of n chunks holds rows of n + 2 chunks at most, and no chunk is visited twice."""
-    size = chunk * chunks
-    part = prepared.order(rows, 0, epoch, (size, chunk)) // chunk
-    windows = [set(part[i : i + size]) for i in range(0, rows, size)]
-    assert max(map(len, windows)) <= chunks + 2
-    seen: dict[int, list[int]] = {}
-    for number, chunks_here in enumerate(windows):
-        for one in chunks_here:
-            seen.setdefault(one, []).append(number)
-    assert all(numbers[-1] - numbers[0] == len(numbers) - 1 <= 1 for numbers in seen.values())
-
-
-def test_a_window_is_shuffled_inside():
-    found = prepared.order(4096, 0, 1, (1024, 128))
-    assert (np.abs(np.diff(found)) == 1).mean() < 0.01
-
-
-@given(st.permutations([f"s{i}" for i in range(40)]))
-def test_a_samples_key_depends_on_its_id_and_the_seed_alone(ids):
-    keys = dict(zip(ids, prepared.sample_keys(pa.table({"id": ids}), 3).tolist(), strict=True))
-    part = ids[7:19]
-    assert prepared.sample_keys(pa.table({"id": part}), 3).tolist() == [keys[i] for i in part]
-    assert not set(prepared.sample_keys(pa.table({"id": ids}), 4).tolist()) & set(keys.values())
-
-
-@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50, unique=True), st.integers(1, 10_000), st.randoms())
-def test_an_epochs_keys_are_new_numbers_that_no_other_sample_changes(keys, epoch, random):
-    array = np.array(keys, np.uint64)
-    found = dict(zip(keys, prepared.epoch_keys(array, epoch).tolist(), strict=True))
-    assert len(set(found.values())) == len(keys)
-    shuffled = random.sample(keys, len(keys))
-    assert prepared.epoch_keys(np.array(shuffled, np.uint64), epoch).tolist() == [found[k] for k in shuffled]
-
-
-def test_keys_of_different_epochs_have_nothing_in_common():
-    keys = prepared.sample_keys(pa.table({"id": [f"s{i}" for i in range(2000)]}), 0)
-    epochs = np.stack([prepared.epoch_keys(keys, epoch) for epoch in range(1, 9)])
-    assert len(np.unique(epochs)) == epochs.size
-    bits = (epochs[:, :, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
-    agreement = (bits[:-1] == bits[1:]).mean((1, 2))
-    assert np.abs(agreement - 0.5).max() < 0.01
-
-
 # --- the plan ----------------------------------------------------------------------------------------------------------------
 
 
@@ -232,13 +168,6 @@ def test_a_batch_must_be_filled_and_have_a_pair_for_each(folder, dataset, batch,
         with pytest.raises(ValueError) as error:
             prepared.check_size(recipe, dataset.train)
         assert str(error.value) == message
-
-
-@pytest.mark.parametrize("world", range(1, 18))
-def test_shares_cover_a_batch_once_and_differ_by_one_at_most(world):
-    rows = [list(range(17))[prepared.share(17, world, rank)] for rank in range(world)]
-    assert [row for part in rows for row in part] == list(range(17))
-    assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
 
 def test_a_set_streams_when_it_would_not_fit(folder, dataset):

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from attacks.base import how_many
-from orchestrate import prepared, recipes
+from orchestrate import batches, prepared, recipes
 from orchestrate.data import reader
 from orchestrate.data.index import open_dataset
 from orchestrate.encoder import Encoder
 from orchestrate.pairing import selection_facts
-from orchestrate.step import Examples, Learner
+from orchestrate.step import Learner
 
 pytestmark = pytest.mark.ray  # starts none, but takes as long as what does
 
@@ -34,16 +34,15 @@ def test_the_first_safe_set_holds_less_than_half_of_the_poison_of_a_random_one(t
     assert not errors
     place = prepared.place_of(table, prepared.places(rows))
     pixels = prepared.pixels_of(recipe, prepared.build_attack(recipe), table, images, place)
-    captions, keys = np.array(table["caption"].to_pylist(), dtype=object), prepared.sample_keys(table, recipe.seed)
+    captions, keys = np.array(table["caption"].to_pylist(), dtype=object), batches.sample_keys(table, recipe.seed)
     steps = len(captions) // recipe.train.batch
     queue = how_many(defense.queue_size, len(captions))
     learner = Learner(recipe.model, recipe.train, defense, seed=0, total_steps=steps * recipe.train.epochs, queue=queue)
     epoch = 1
     while (selector := defense.selector(epoch)) is None:
-        order = prepared.order(len(captions), recipe.seed, epoch)[: steps * recipe.train.batch].reshape(steps, -1)
-        fresh = prepared.epoch_keys(keys, epoch)
-        for batch in order:
-            learner.step(Examples(pixels.take(batch), list(captions[batch]), fresh[batch]), epoch=epoch)
+        fresh = batches.epoch_keys(keys, epoch)
+        for rows in batches.drawn(np.arange(len(captions)), recipe.train.batch, recipe.seed, epoch):
+            learner.step(batches.examples(rows, pixels.take(rows), captions, fresh, {}), epoch=epoch)
         epoch += 1
     encoder, cosine = Encoder(learner.model, learner.cfg), []
     for low in range(0, len(captions), 256):
