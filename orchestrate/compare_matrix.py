@@ -80,8 +80,8 @@ def picture(found: Matrix) -> Figure:
     """Attack success in percent, green where the attack fails, grey where it was not run; below it accuracy, green where it is high."""
     from matplotlib.figure import Figure
 
-    height = 0.27 * (len(found.lines) + 1) + 1.1
-    figure = Figure(figsize=(3.2 + 1.15 * len(found.columns), height), layout="constrained")
+    height, wide = 0.27 * (len(found.lines) + 1) + 1.1, max(1.15, 0.085 * max(map(len, found.columns)))
+    figure = Figure(figsize=(3.2 + wide * len(found.columns), height), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[max(1, len(found.lines)), 1])
     success_of = [[estimate(runs, line.metric) for runs in line.cells] for line in found.lines]
     _squares(above, [[None if e is None else e.mean for e in row] for row in success_of], "RdYlGn_r", (0.0, 1.0))
