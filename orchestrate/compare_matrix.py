@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ACCURACY = "zero-shot, mean of the lines"
+ACCURACY = "zero-shot, mean of the attacks"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Matrix:
-    """`accuracy`: of each column the mean over all its runs; None where it was not measured."""
+    """`accuracy`: of each column the mean over its attacks of their mean over seeds; None where it was not measured."""
 
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
@@ -55,7 +55,10 @@ def arranged(runs: Sequence[Run]) -> Matrix:
         amounts = dict.fromkeys(poison(run.result) for some in found.values() for run in some)
         shown = plan if len([other for other in cells if other[0] == plan]) == 1 else f"{plan}: {name}"
         lines.append(Line(shown, ", ".join(amounts), f"asr/{name}", tuple(tuple(found.get(column, ())) for column in heads)))
-    accuracy = tuple(_accuracy([run for run, column in zip(runs, columns, strict=True) if column == head]) for head in heads)
+    alike: dict[tuple[str, str], list[Run]] = {}
+    for run, plan, column in zip(runs, plans, columns, strict=True):
+        alike.setdefault((column, plan), []).append(run)
+    accuracy = tuple(_accuracy([some for (column, _), some in alike.items() if column == head]) for head in heads)
     return Matrix(heads, tuple(lines), accuracy)
 
 
@@ -142,6 +145,7 @@ def _cell(runs: Sequence[Run], metric: str) -> str:
     return f"{text}, clean {percent(fmean(cleans))}" if cleans else text
 
 
-def _accuracy(runs: Sequence[Run]) -> float | None:
-    found = [value for run in runs if (value := finite(run.result.get("zeroshot/top1"))) is not None]
-    return fmean(found) if found else None
+def _accuracy(attacks_of: Sequence[Sequence[Run]]) -> float | None:
+    found = [[value for run in runs if (value := finite(run.result.get("zeroshot/top1"))) is not None] for runs in attacks_of]
+    means = [fmean(values) for values in found if values]
+    return fmean(means) if means else None
