@@ -395,10 +395,8 @@ def seeds_table(results: Sequence[Result]) -> list[str]:
         mean = lambda metric, runs=runs: compare.cell(compare.estimate(runs, metric), metric)
         row = [label, str(len(runs)), *map(mean, shares)]
         for name in names:
-            counts = [c for run in runs if (c := measure.counts(run.result, f"asr/{name}"))]
-            total = f"{sum(k for k, _ in counts)}/{sum(n for _, n in counts)} = " if counts else ""
             floor = f", clean {mean(f'asr/{name}/clean')}" if any(f"asr/{name}/clean" in run.result for run in runs) else ""
-            row.append(f"{total}{mean(f'asr/{name}')}{floor}")
+            row.append(f"{mean(f'asr/{name}')}{floor}")
         seconds = [[float(run.result.get(f"seconds/{kind}", 0)) for run in runs] for kind in ("train", "match")]
         rows.append([*row, poison(runs[0].result), *(duration(sum(some) / len(some)) for some in seconds)])
     return table(head, rows)

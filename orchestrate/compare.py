@@ -49,13 +49,14 @@ class Estimate:
     """A mean over `seeds` seeds with its 95 % interval; no interval (None) for one seed of a metric that counts nothing.
 
     A share's interval is the wider, at each end, of Student's t over the seeds and of Wilson's on all hits and trials together: three
-    seeds that agree on 0 of 16 do not prove a success of 0.
+    seeds that agree on 0 of 16 do not prove a success of 0. `counts`: those hits and trials, where all runs tell them.
     """
 
     mean: float
     low: float | None
     high: float | None
     seeds: int
+    counts: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def estimate(runs: Sequence[Run], metric: str) -> Estimate | None:
         return None
     interval = mean_interval(math.fsum(values) / len(values) for values in by_seed.values())
     ends = [(interval.low, interval.high)] if math.isfinite(interval.half) else []
-    ends += [wilson(hits, trials)] if counted and trials else []
+    counts = (hits, trials) if counted and trials else None
+    ends += [wilson(*counts)] if counts else []
     if not ends:
         return Estimate(interval.mean, None, None, interval.n)
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
@@ -141,7 +143,7 @@ def estimate(runs: Sequence[Run], metric: str) -> Estimate | None:
         low = max(0.0, low)
     if is_share(metric):
         high = min(1.0, high)
-    return Estimate(interval.mean, low, high, interval.n)
+    return Estimate(interval.mean, low, high, interval.n, counts)
 
 
 def is_share(metric: str) -> bool:
@@ -186,12 +188,13 @@ def laid_out(head: Sequence[str], rows: Sequence[Sequence[str]], form: str, by: 
 
 
 def cell(found: Estimate | None, metric: str) -> str:
-    """`6.2 % [1.1, 28.3]`, `41.2 s [38.0 s, 44.4 s]`."""
+    """`1/16 = 6.2 % [1.1, 28.3]` of attack success, `41.2 % [38.0, 44.4]` of other shares, `41.2 s [38.0 s, 44.4 s]`."""
     if found is None:
         return MISSING
     if is_share(metric):
         ends = "" if found.low is None or found.high is None else f" [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-        return f"{100 * found.mean:.1f} %{ends}"
+        counts = f"{found.counts[0]}/{found.counts[1]} = " if found.counts and metric.partition("/")[0] == measure.WORST else ""
+        return f"{counts}{100 * found.mean:.1f} %{ends}"
     form: Callable[[float], str] = duration if metric.startswith(measure.SECONDS) else "{:.4g}".format
     ends = "" if found.low is None or found.high is None else f" [{form(found.low)}, {form(found.high)}]"
     return form(found.mean) + ends

@@ -120,7 +120,7 @@ def test_a_sweep_is_collected_with_a_row_for_each_setting(build: ModuleType, tmp
     assert "/home" not in file.read_text() and str(tmp_path) not in file.read_text()
     text = "\n".join(build.block_sweeps())
     assert "| defense.pool_size | seeds | asr/a |" in text and "## How large" in text and "It holds." in text
-    assert "| 16 | 2 | 30.0 % [" in text and "| 64 | 1 | 10.0 % [1.8, 40.4] |" in text
+    assert "| 16 | 2 | 6/20 = 30.0 % [" in text and "| 64 | 1 | 1/10 = 10.0 % [1.8, 40.4] |" in text
 
 
 def test_a_matrix_is_collected_in_parts_with_its_picture(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

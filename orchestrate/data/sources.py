@@ -95,12 +95,11 @@ def split_of(name: str) -> str:
 def class_file(listing: Listing) -> list[str]:
     """Class names from `classnames.json` / `classes.json` (a list) or the same as .txt (one a line); [] if none.
 
-    Looked for in the set's folder, or beside its single file.
+    Looked for among the set's files, else beside them: a glob such as `cifar10/*.parquet` names no class file.
     """
     names = ("classnames.json", "classes.json", "classnames.txt", "classes.txt")
     uris = [file.uri for file in listing.files if posixpath.basename(file.name) in names]
-    if listing.single:
-        uris = list(sizes([child(listing.root, name) for name in names]))
+    uris = uris or list(sizes([child(listing.root, name) for name in names]))
     if not uris:
         return []
     what = "a JSON list of class names" if uris[0].endswith(".json") else "UTF-8 text with a class name a line"

@@ -82,6 +82,8 @@ def test_labelled_sets_get_captions_that_are_declared(tmp_path: Path):
     data = open_dataset(config)
     assert class_names(data.train) == class_names(data.heldout) == data.classes == CIFAR
     assert any("Captions are MADE" in sentence for sentence in data.report)
+    for path in ("*.parquet", "[a-z].parquet"):  # a glob names no class file: it lies beside what the glob names
+        assert open_dataset(replace(config, path=str(tmp_path / path))).classes == CIFAR
     with pytest.raises(ValueError, match="has no captions"):
         open_dataset(replace(config, captions="given"))
     some = open_dataset(replace(config, classes=("dog", "cat")))

@@ -294,7 +294,7 @@ def test_a_matrix_has_a_line_for_each_attack_and_a_column_for_each_defence():
 def test_seeds_share_a_cell_of_a_matrix_and_settings_do_not():
     seeds = [run_of("roclip-badnets", "roclip", "badnets", 4, seed, **{"defense.every": 1}) for seed in range(3)]
     [_, [*_, cell], _] = matrix(seeds)
-    assert cell.startswith("20.0 % [") and cell.endswith("3 runs")
+    assert cell == "12/60 = 20.0 % [11.8, 31.8], 3 runs"
     [*_, last] = matrix([*seeds, run_of("roclip-sig", "roclip", "sig", 10, **{"defense.every": 1})])
     assert last == ["zero-shot, mean of the attacks", "", "57.0 %"], "an attack weighs the same with three seeds (54 %) and one (60 %)"
     head, *rows = matrix([*seeds, run_of("roclip-badnets", "roclip", "badnets", 8, **{"defense.every": 2})])
