@@ -36,11 +36,7 @@ def add(verb: Verb, source: Source) -> None:
         "--matrix", action="store_true", help="attacks × defences: a line for each attack, a column for each defence; with --out a heat map"
     )
     compare.add_argument("--format", default="text", help="text, csv, markdown or latex (default: text)")
-    compare.add_argument(
-        "--out",
-        default="",
-        help="folder for table.csv, .md and .tex, plots as PDF and PNG, and report.html",
-    )
+    compare.add_argument("--out", default="", help="folder for table.csv, .md and .tex, plots as PDF and PNG, and report.html")
     advise = verb("recommend", _recommend, "the cheapest setting of a sweep that keeps to a limit, and why")
     advise.add_argument("sweep", help="directory of a sweep or a run")
     advise.add_argument("conditions", nargs="+", metavar="CONDITION", help="such as 'asr<=0.125' or 'zeroshot/top1>=40%%'")

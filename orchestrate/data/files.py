@@ -30,11 +30,12 @@ class File:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a set: `root` (absolute local path or URI of a folder), and whether one single file was named."""
+    """The files of a set: `root` (absolute local path or URI of a folder), whether one single file was named, or the whole folder."""
 
     root: str
     files: list[File]
     single: bool
+    whole: bool = False
 
 
 def is_uri(path: str) -> bool:
@@ -161,15 +162,15 @@ def find(path: str) -> Listing:
     if info.type == fs.FileType.File:
         return Listing(parent(place), [File(place, posixpath.basename(inside), info.size or 0)], True)
     if info.type == fs.FileType.Directory:
-        root, files = place, _list(place)
+        root, files, whole = place, _list(place), True
     elif re.search(r"[*\[{?]", urlsplit(place).path if is_uri(place) else place):
-        root, files = _glob(place)
+        (root, files), whole = _glob(place), False
     else:
         raise ValueError(f"data.path={path}: there is no such file or folder.")
     files = [file for file in files if not re.search(r"(^|/)[._]", file.name)]
     if not files:
         raise ValueError(f"data.path={path}: no file there. Give a file, a folder, a glob or a URI (s3://bucket/folder).")
-    return Listing(root, files, False)
+    return Listing(root, files, False, whole)
 
 
 def _absolute(path: str) -> str:

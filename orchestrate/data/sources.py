@@ -99,7 +99,8 @@ def class_file(listing: Listing) -> list[str]:
     """
     names = ("classnames.json", "classes.json", "classnames.txt", "classes.txt")
     uris = [file.uri for file in listing.files if posixpath.basename(file.name) in names]
-    uris = uris or list(sizes([child(listing.root, name) for name in names]))
+    if not listing.whole:
+        uris = uris or list(sizes([child(listing.root, name) for name in names]))
     if not uris:
         return []
     what = "a JSON list of class names" if uris[0].endswith(".json") else "UTF-8 text with a class name a line"
