@@ -475,9 +475,14 @@ def collect(name: str, runs: Sequence[Path], title: str | None, command: str | N
     file = RESULTS / f"{name}.json"
     results = [published(json.loads((run / "result.json").read_text())) for run in runs]
     if add and file.exists():
-        fresh = {result.get("identity") for result in results}
-        results = [old for old in read_results(file)["results"] if old.get("identity") not in fresh] + results
+        results = joined(read_results(file)["results"], results, lambda result: result.get("identity"))
     return kept(file, {"title": title, "command": command, "note": note}, {"results": results}, read_results)
+
+
+def joined(before: Sequence[dict[str, Any]], now: list[dict[str, Any]], identity: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
+    """What was there and is not given anew, then what is."""
+    fresh = {identity(one) for one in now}
+    return [old for old in before if identity(old) not in fresh] + now
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -519,11 +524,10 @@ def collect_matrix(name: str, folders: Sequence[Path], title: str | None, comman
     file = MATRICES / f"{name}.json"
     runs = compare.load(folders)
     told = [told_at(run, [path for path in run.flat if path.startswith(("attack.", "defense."))]) for run in runs]
-    fresh = {run.result["identity"] for run in runs}
-    before = read_json(file)["runs"] if add and file.exists() else []
-    told = [old for old in before if old["result"]["identity"] not in fresh] + told
+    if add and file.exists():
+        told = joined(read_json(file)["runs"], told, lambda run: run["result"]["identity"])
     kept(file, {"title": title, "command": command, "note": note}, {"runs": told})
-    report_plots.on_paper(compare_matrix.picture, compare_matrix.arranged(kept_runs(read_json(file))), file.with_suffix(""), ["png"])
+    report_plots.on_paper(compare_matrix.picture, compare_matrix.arranged(kept_runs({"runs": told})), file.with_suffix(""), ["png"])
     return file
 
 

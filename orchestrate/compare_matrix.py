@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from orchestrate import recipes
 from orchestrate.compare import Run, cell, estimate, laid_out, order
+from orchestrate.compare_plots import squares
 from orchestrate.report_plots import on_paper
 from orchestrate.report_text import MISSING, attacks, defence, finite, percent, poison, success, undefended
 
@@ -87,31 +88,24 @@ def picture(found: Matrix) -> Figure:
     figure = Figure(figsize=(3.2 + wide * len(found.columns), height), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[max(1, len(found.lines)), 1])
     success_of = [[estimate(runs, line.metric) for runs in line.cells] for line in found.lines]
-    _squares(above, [[None if e is None else e.mean for e in row] for row in success_of], "RdYlGn_r", (0.0, 1.0))
+    _percents(above, [[None if e is None else e.mean for e in row] for row in success_of], "RdYlGn_r", (0.0, 1.0))
     above.set_yticks(range(len(found.lines)), [f"{line.name}: {line.poison}" for line in found.lines])
     above.set_xticks(range(len(found.columns)), found.columns)
     above.xaxis.tick_top()
     above.set_title("attack success, %", fontsize=8.5, loc="left", x=-0.02, ha="right", y=1.0)
     known = [value for value in found.accuracy if value is not None]
-    _squares(below, [list(found.accuracy)], "YlGn", (0.0, max(known, default=1.0)))
+    _percents(below, [list(found.accuracy)], "YlGn", (0.0, max(known, default=1.0)))
     below.set_yticks([0], ["zero-shot accuracy, %"])
     below.set_xticks([])
     return figure
 
 
-def _squares(axes: Axes, numbers: Sequence[Sequence[float | None]], colors: str, ends: tuple[float, float]) -> None:
-    edges = [[k - 0.5 for k in range(count + 1)] for count in (len(numbers[0]) if numbers else 0, len(numbers))]
-    if numbers:
-        shown = [[float("nan") if x is None else x for x in row] for row in numbers]
-        axes.pcolormesh(*edges, shown, cmap=colors, alpha=0.75, vmin=ends[0], vmax=ends[1], edgecolors="white", linewidth=0.6)
+def _percents(axes: Axes, numbers: Sequence[Sequence[float | None]], colors: str, limits: tuple[float, float]) -> None:
+    shown = [[float("nan") if x is None else x for x in row] for row in numbers]
+    texts = [[MISSING if x is None else f"{100 * x:.0f}" for x in row] for row in numbers]
+    squares(axes, shown, texts, colors, limits, edgecolors="white", linewidth=0.6)
     axes.set_facecolor("#d8d8d8")
-    axes.invert_yaxis()
-    for i, row in enumerate(numbers):
-        for k, x in enumerate(row):
-            axes.text(k, i, MISSING if x is None else f"{100 * x:.0f}", ha="center", va="center", fontsize=8.5)
     axes.tick_params(length=0, labelsize=8.5)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def planted(run: Run) -> str:

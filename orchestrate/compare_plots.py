@@ -99,19 +99,33 @@ def _heat_map(axes: Axes, runs: Sequence[Run], axes_of: tuple[str, str], metric:
     cells = [[known.get((y, x)) for x in xs] for y in ys]
     numbers = [[float("nan") if e is None else e.mean for e in row] for row in cells]
     colors = "RdYlGn_r" if measure.lower_is_better(metric) else "YlGn"
-    edges = [[k - 0.5 for k in range(len(values) + 1)] for values in (xs, ys)]
-    # Not imshow: its picture inside the SVG is one that a browser, which reads the SVG as part of the page, does not show.
-    axes.pcolormesh(*edges, numbers, cmap=colors, alpha=0.75, vmin=limits[0], vmax=limits[1])
-    axes.invert_yaxis()
-    for i, row in enumerate(cells):
-        for k, e in enumerate(row):
-            text = MISSING if e is None else f"{100 * e.mean:.0f} %" if is_share(metric) else f"{e.mean:.3g}"
-            ends = "" if e is None or e.low is None or e.high is None else f"\n[{100 * e.low:.0f}, {100 * e.high:.0f}]"
-            axes.text(k, i, text + (ends if is_share(metric) else ""), ha="center", va="center", fontsize=8.5)
+    squares(axes, numbers, [[_told(e, metric) for e in row] for row in cells], colors, limits)
     axes.set_xticks(range(len(xs)), xs)
     axes.set_yticks(range(len(ys)), ys)
     axes.set_xlabel(axes_of[1])
     axes.set_ylabel(axes_of[0])
+
+
+def _told(e: Estimate | None, metric: str) -> str:
+    if e is None:
+        return MISSING
+    if not is_share(metric):
+        return f"{e.mean:.3g}"
+    return f"{100 * e.mean:.0f} %" + ("" if e.low is None or e.high is None else f"\n[{100 * e.low:.0f}, {100 * e.high:.0f}]")
+
+
+def squares(
+    axes: Axes, numbers: Sequence[Sequence[float]], texts: Sequence[Sequence[str]], colors: str, limits: tuple[float, float], **lines: Any
+) -> None:
+    """Rows of coloured squares from the top, a text in each; no colour for nan. `lines`: between them, as pcolormesh takes them."""
+    if numbers:
+        edges = [[k - 0.5 for k in range(count + 1)] for count in (len(numbers[0]), len(numbers))]
+        # Not imshow: its picture inside the SVG is one that a browser, which reads the SVG as part of the page, does not show.
+        axes.pcolormesh(*edges, numbers, cmap=colors, alpha=0.75, vmin=limits[0], vmax=limits[1], **lines)
+    axes.invert_yaxis()
+    for i, row in enumerate(texts):
+        for k, text in enumerate(row):
+            axes.text(k, i, text, ha="center", va="center", fontsize=8.5)
     for spine in axes.spines.values():
         spine.set_visible(False)
 

@@ -216,9 +216,10 @@ def on_paper(draw: Callable[[Any], Figure | None], what: Any, file: Path, forms:
 
     with matplotlib.rc_context(STYLE | {key: "black" for key, value in STYLE.items() if value == INK}):
         figure = draw(what)
-        written = [file.with_name(f"{file.name}.{ending}") for ending in forms] if figure else []
+        if figure is None:
+            return []
+        written = [file.with_name(f"{file.name}.{ending}") for ending in forms]
         for path in written:
-            assert figure is not None
             figure.savefig(path, dpi=200, facecolor="white", bbox_inches="tight")
     return written
 
